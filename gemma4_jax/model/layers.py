@@ -1,0 +1,151 @@
+"""The parts every room of the model shares: where weights are declared and read, norms, RoPE, the gated MLP."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
+import zlib
+
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.config import ModelConfig
+
+
+class Param(nn.LogicallyPartitioned):
+  """A declared weight: its value (or shape), the logical axes that `sharding` maps to a mesh, and its initialiser."""
+  init: Callable | None = struct.field(default=None, pytree_node=False)
+
+
+@lru_cache
+def normal(std: float) -> Callable:
+  return nn.initializers.normal(std)
+
+
+@lru_cache
+def constant(value: float) -> Callable:
+  return nn.initializers.constant(value)
+
+
+def declare(module: nn.Module, name: str, init: Callable, shape: Sequence[int], axes: Sequence[str]) -> jax.Array:
+  """The weight `name` of `module` (which has a `cfg`), in `cfg.param_dtype`."""
+  def boxed(key, shape, dtype):
+    return Param(init(key, shape, dtype), names=tuple(axes), init=init)
+  return module.param(name, boxed, tuple(shape), jnp.dtype(module.cfg.param_dtype))
+
+
+def init_params(module: nn.Module, seed: int, *args, **kwargs) -> dict:
+  """Initialises leaf by leaf: a weight's value depends on the seed, its path and its shape alone.
+
+  So two models that share a weight's name and shape start from the same numbers (paired ablations), nothing is compiled
+  but one small program a shape, and the tree can be larger than one program should be.
+
+  Args:
+    *args, **kwargs: what `module.__call__` takes; shapes only.
+  Returns:
+    the tree of plain arrays under 'params'.
+  """
+  root = jax.random.key(seed)
+
+  def leaf(path, box):
+    key = jax.random.fold_in(root, zlib.crc32(jax.tree_util.keystr(path).encode()))
+    return _draw(box.init, box.value.shape, box.value.dtype)(key)
+
+  boxes = abstract_params(module, *args, **kwargs)
+  return jax.tree_util.tree_map_with_path(leaf, boxes, is_leaf=lambda x: isinstance(x, Param))
+
+
+def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
+  """The tree of `Param` boxes around shapes: nothing is allocated or compiled."""
+  init = partial(module.init, **kwargs)
+  return jax.eval_shape(init, jax.random.key(0), *args)['params']
+
+
+@lru_cache(maxsize=None)
+def _draw(init, shape, dtype):
+  return jax.jit(lambda key: init(key, shape, dtype))
+
+
+class Einsum(nn.Module):
+  """`einsum(eqn, x, w)` with a weight of `shape`, cast to the dtype of x; every matmul of the model passes here.
+
+  `fan_in` is the number of summed products: the initial standard deviation is fan_in**-0.5.
+  """
+  cfg: ModelConfig
+  eqn: str
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  fan_in: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    w = declare(self, 'w', normal(self.fan_in**-0.5), self.shape, self.axes)
+    return jnp.einsum(self.eqn, x, w.astype(x.dtype))
+
+
+class Embed(nn.Module):
+  """A table [V, ...] read by row; rows come out in `cfg.dtype`. Initial standard deviation `std`."""
+  cfg: ModelConfig
+  shape: tuple[int, ...]
+  axes: tuple[str, ...]
+  std: float
+
+  def setup(self):
+    self.table = declare(self, 'table', normal(self.std), self.shape, self.axes)
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    """Args: ids: int32 in [0, V), any shape. Returns: [*ids.shape, *shape[1:]]."""
+    return jnp.take(self.table, ids, axis=0).astype(self.cfg.dtype)
+
+
+class RMSNorm(nn.Module):
+  """x / rms(x) * scale over the last axis, in float32 inside; `scale=False` leaves the weight out."""
+  cfg: ModelConfig
+  scale: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
+    if self.scale:
+      y = y * declare(self, 'scale', constant(1.0), x.shape[-1:], ('norm',)).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def activation(cfg: ModelConfig, x: jax.Array) -> jax.Array:
+  return jax.nn.gelu(x, approximate=True) if cfg.activation == 'gelu' else jax.nn.silu(x)
+
+
+class MLP(nn.Module):
+  """(act(x Wg) * (x Wu)) Wd, without biases; `up_BTF` given, it stands in for x Wu (the STEM arm)."""
+  cfg: ModelConfig
+  dim: int
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, up_BTF: jax.Array | None = None) -> jax.Array:
+    cfg, D, F = self.cfg, x_BTD.shape[-1], self.dim
+    into = partial(Einsum, cfg, 'BTD,FD->BTF', (F, D), ('mlp', 'embed'), D)
+    up_BTF = into(name='up')(x_BTD) if up_BTF is None else up_BTF
+    h_BTF = activation(cfg, into(name='gate')(x_BTD)) * up_BTF if cfg.gated_mlp else activation(cfg, up_BTF)
+    return Einsum(cfg, 'BTF,DF->BTD', (D, F), ('embed', 'mlp'), F, name='down')(h_BTF)
+
+
+def rope_angles(pos_BT: jax.Array, head_dim: int, base: float, fraction: float) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin), each float32 [B, T, H/2]; bfloat16 could not tell position 257 from 256.
+
+  Channel i is paired with i + H/2. The first int(fraction * H // 2) pairs turn by pos * base**(-2j/H), the others not:
+  the denominator is the whole head ("proportional" RoPE; transformers `_compute_proportional_rope_parameters`).
+  """
+  half, turning = head_dim // 2, int(fraction * head_dim // 2)
+  j = jnp.arange(half, dtype=jnp.float32)
+  freq_H = jnp.where(j < turning, base ** (-2 * j / head_dim), 0.0)
+  angle_BTH = pos_BT.astype(jnp.float32)[..., None] * freq_H
+  return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+
+def rope(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+  """Rotates the heads by `rope_angles`, in float32 inside."""
+  cos, sin = (a[:, :, None, :] for a in angles)
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)

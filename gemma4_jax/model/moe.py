@@ -1,0 +1,79 @@
+"""Mixture of experts: a softmax router over all experts, the chosen ones renormalised, three ways to run them."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from gemma4_jax.config import ModelConfig
+from gemma4_jax.model import layers
+
+
+class MoE(nn.Module):
+  """Routes every token to `num_experts_per_token` of `num_experts` gated MLPs.
+
+  The router reads its own input (in a block: the residual stream itself, not the experts' normed input). Softmax and
+  renormalisation are float32; `per_expert_scale` multiplies afterwards, so the weights of a token need not sum to 1.
+  Source: transformers `models/gemma4/modeling_gemma4.py`, Gemma4TextRouter and Gemma4TextExperts.
+  """
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, router_in_BTD: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (mixture [B, T, D] in the dtype of x, probabilities [B, T, E] float32 of the router)."""
+    cfg = self.cfg
+    B, T, D = x_BTD.shape
+    E, X, F = cfg.num_experts, cfg.num_experts_per_token, cfg.expert_dim
+    z_BTD = router_in_BTD
+    if cfg.router_norm:
+      scale_D = layers.declare(self, 'router_scale', layers.constant(1.0), (D,), ('norm',))
+      z_BTD = layers.RMSNorm(cfg, scale=False)(z_BTD) * scale_D.astype(z_BTD.dtype) * D**-0.5
+    logits_BTE = layers.Einsum(cfg, 'BTD,ED->BTE', (E, D), ('router', 'embed'), 1 if cfg.router_norm else D, name='router')(z_BTD)
+    probs_BTE = jax.nn.softmax(logits_BTE.astype(jnp.float32), axis=-1)
+    top_BTX, ids_BTX = jax.lax.top_k(probs_BTE, X)
+    top_BTX /= top_BTX.sum(-1, keepdims=True)
+    if cfg.per_expert_scale:
+      top_BTX *= jnp.take(layers.declare(self, 'per_expert_scale', layers.constant(1.0), (E,), ('norm',)), ids_BTX)
+
+    into, out = (E, F, D), (E, D, F)
+    up_EFD = layers.declare(self, 'up', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
+    gate_EFD = layers.declare(self, 'gate', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
+    down_EDF = layers.declare(self, 'down', layers.normal(F**-0.5), out, ('experts', 'embed', 'expert_mlp')).astype(x_BTD.dtype)
+    run = {'ragged': _ragged, 'scan': _scan, 'gather': _gather}[implementation(cfg, B * T)]
+    y_RD = run(cfg, x_BTD.reshape(B * T, D), ids_BTX.reshape(-1, X), top_BTX.reshape(-1, X).astype(x_BTD.dtype),
+               gate_EFD, up_EFD, down_EDF)
+    return y_RD.reshape(B, T, D), probs_BTE
+
+
+def implementation(cfg: ModelConfig, tokens: int) -> str:
+  """What runs: as `cfg.moe_implementation` says; 'auto' is ragged on accelerators, whose grouped matmul it is, and on a
+  CPU, where XLA lowers ragged_dot to a dense product, a scan over the experts, or for few tokens a gather of weights."""
+  if cfg.moe_implementation != 'auto':
+    return cfg.moe_implementation
+  if jax.default_backend() != 'cpu':
+    return 'ragged'
+  return 'gather' if tokens * cfg.num_experts_per_token < cfg.num_experts else 'scan'
+
+
+def _ragged(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
+  X = ids_RX.shape[1]
+  order = jnp.argsort(ids_RX.reshape(-1), stable=True)
+  sizes_E = jnp.bincount(ids_RX.reshape(-1), length=gate_EFD.shape[0]).astype(jnp.int32)
+  rows_RD = x_RD[order // X]
+  dot = lambda a, w: jax.lax.ragged_dot(a, w.swapaxes(1, 2), sizes_E)
+  y_RD = dot(layers.activation(cfg, dot(rows_RD, gate_EFD)) * dot(rows_RD, up_EFD), down_EDF)
+  y_RD = y_RD * weight_RX.reshape(-1)[order][:, None]
+  return jnp.zeros_like(x_RD).at[order // X].add(y_RD)
+
+
+def _scan(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
+  def expert(sum_RD, ws):
+    e, gate_FD, up_FD, down_DF = ws
+    share_R = jnp.where(ids_RX == e, weight_RX, 0).sum(-1)
+    h_RF = layers.activation(cfg, x_RD @ gate_FD.T) * (x_RD @ up_FD.T)
+    return sum_RD + (h_RF * share_R[:, None]) @ down_DF.T, None
+  return jax.lax.scan(expert, jnp.zeros_like(x_RD), (jnp.arange(len(gate_EFD)), gate_EFD, up_EFD, down_EDF))[0]
+
+
+def _gather(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
+  h_RXF = layers.activation(cfg, jnp.einsum('RD,RXFD->RXF', x_RD, gate_EFD[ids_RX])) * jnp.einsum('RD,RXFD->RXF', x_RD, up_EFD[ids_RX])
+  return jnp.einsum('RXF,RXDF,RX->RD', h_RXF, down_EDF[ids_RX], weight_RX)
