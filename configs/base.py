@@ -36,13 +36,15 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.arm = ''                          # label of the point in reports; '': named after what the sweep sets
+  c.group = ''                        # arms are compared within a group (a backbone size, say), never across
   c.primary_metric = 'eval/bits_per_byte'   # declared before the run; the report's verdicts are on it alone
   c.model = model.to_dict()
 
   c.match = dict(
       metric='',                      # total_params, flops or resident_bytes: grow the model until it equals ...
       arm='ple',                      # ... this embedding arm's, ...
-      by='width')                     # ... by width, depth or experts
+      by='width',                     # ... by width, depth or experts
+      target=0.0)                     # the cost to reach; 0: the arm's, and `match.resolve` writes it here
 
   c.data = dict(
       source='stdlib',                # stdlib, text, jsonl, parquet or hf

@@ -54,14 +54,15 @@ class FreshKV:
 
 
 def _attend(q_BTKGH, k_BSKH, v_BSKH, qpos_BT, qseg_BT, kpos_BS, kseg_BS, window, scale):
-  logits_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32)
+  # Scores in the order their matmul makes them, [B, K, T, G, S]: another order would copy the largest array of all.
+  logits_BKTGS = jnp.einsum('BTKGH,BSKH->BKTGS', q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32)
   ahead_BTS = qpos_BT[:, :, None] - kpos_BS[:, None, :]
   seen_BTS = (ahead_BTS >= 0) & (qseg_BT[:, :, None] == kseg_BS[:, None, :]) & (kseg_BS[:, None, :] > 0)
   if window is not None:
     seen_BTS &= ahead_BTS < window
-  logits_BKGTS = jnp.where(seen_BTS[:, None, None], logits_BKGTS, MASKED)
-  probs_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', probs_BKGTS, v_BSKH)
+  logits_BKTGS = jnp.where(seen_BTS[:, None, :, None], logits_BKTGS, MASKED)
+  probs_BKTGS = jax.nn.softmax(logits_BKTGS, axis=-1).astype(v_BSKH.dtype)
+  return jnp.einsum('BKTGS,BSKH->BTKGH', probs_BKTGS, v_BSKH)
 
 
 def _attend_blocked(q_BTKGH, k_BSKH, v_BSKH, pos_BT, seg_BT, window, scale):

@@ -182,11 +182,15 @@ def abstract(cfg: ModelConfig) -> dict:
   return layers.abstract_params(Transformer(cfg.replace(scan=False)), jnp.zeros((1, 1), jnp.int32))
 
 
-def stack(cfg: ModelConfig, params: dict) -> dict:
-  """Canonical per-layer weights -> one stack a group, place and weight, [repeats, ...]: what `cfg.scan` reads."""
+def stack(cfg: ModelConfig, params: dict, join=lambda *ws: jnp.stack(ws)) -> dict:
+  """Canonical per-layer weights -> one stack a group, place and weight, [repeats, ...]: what `cfg.scan` reads.
+
+  Args:
+    join: makes one leaf of the `repeats` leaves of a stack, for trees of other things than arrays.
+  """
   rest = {name: value for name, value in params.items() if not name.startswith('layer_')}
   return rest | {f'group_{g}': {f'block_{place}': jax.tree.map(
-      lambda *ws: jnp.stack(ws), *(params[f'layer_{group.layer(r, place)}'] for r in range(group.repeats)))
+      join, *(params[f'layer_{group.layer(r, place)}'] for r in range(group.repeats)))
       for place in range(len(group.period))} for g, group in enumerate(cfg.groups)}
 
 

@@ -1,0 +1,146 @@
+"""What a model costs, counted from its config alone: parameters, FLOPs, bytes. No JAX, nothing allocated.
+
+Conventions
+  FLOPs       2 per multiply-add of every matmul that a token passes, the head included; table look-ups, norms and softmax are
+              zero. Attention counts the keys that the mask lets a token see, averaged over one document of `context` tokens:
+              the model's FLOPs, as used for utilisation (MFU). Kernels that mask instead of skip compute more.
+  bytes       of weights and K/V in bfloat16.
+  token table a table that is read by row alone. Such tables can stay in host memory; a tied input embedding cannot, because
+              the head reads all of it.
+"""
+
+import collections
+
+from gemma4_jax.config import GATE, PLE_ARMS, UNGATED, UP, VALUE, LayerSpec, ModelConfig
+
+BYTES = 2   # of a bfloat16
+
+
+def parameters(cfg: ModelConfig) -> dict[str, int]:
+  """Numbers of weights by part; together all that `model.transformer` declares.
+
+  embedding    input table, also the head's if no `unembedding` is there
+  attention    projections and query and key norms
+  mlp          dense MLPs
+  router, experts   all experts
+  norms        of the blocks and before the head
+  scalars      one a layer
+  arm_table    token tables of the embedding arm: PLE, value, bigram, STEM
+  arm          its projections, gates, norms and mixing weights
+  """
+  D, both = cfg.width, bool(cfg.num_experts) and cfg.moe_dense_branch
+  n = _matmuls(cfg)
+  n['embedding'] = cfg.vocab_size * D
+  n['unembedding'] = 0 if cfg.tied_embeddings else cfg.vocab_size * D
+  n['norms'] = D * (1 + cfg.num_layers * ((2 + both) + (2 + 2 * both) * cfg.post_norms))
+  n['scalars'] = cfg.num_layers * cfg.layer_scalar
+  if cfg.num_experts:
+    n['router'] += cfg.num_layers * (D * cfg.router_norm + cfg.num_experts * cfg.per_expert_scale)
+  if cfg.qk_norm:
+    n['attention'] += sum(spec.head_dim * (2 if spec.kv_from is None else 1) for spec in cfg.layers)
+  if _projects_context(cfg):
+    n['arm'] += cfg.ple_dim
+  injects = [spec.inject for spec in cfg.layers]
+  n['arm'] += D * cfg.post_norms * (injects.count(GATE) + injects.count(UNGATED)) + 2 * injects.count(VALUE)
+  n['arm_table'] = _table(cfg)
+  return dict(n)
+
+
+def total(cfg: ModelConfig) -> int:
+  return sum(parameters(cfg).values())
+
+
+def non_embedding(cfg: ModelConfig) -> int:
+  """All but the input embedding and the arm's token tables."""
+  n = parameters(cfg)
+  return sum(n.values()) - n['embedding'] - n['arm_table']
+
+
+def active(cfg: ModelConfig) -> int:
+  """All but the experts that one token does not visit."""
+  experts = parameters(cfg)['experts']
+  return total(cfg) - (experts - _visited(cfg, experts))
+
+
+def resident_bytes(cfg: ModelConfig) -> int:
+  """Weights that must be on the accelerator when token tables stay in host memory."""
+  n = parameters(cfg)
+  return BYTES * (sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding']))
+
+
+def forward_flops(cfg: ModelConfig, context: int) -> float:
+  """FLOPs a token of a document of `context` tokens: matmuls with weights, scores and values."""
+  n = _matmuls(cfg)
+  n['experts'] = _visited(cfg, n['experts'])
+  attention = sum(2 * cfg.num_heads * spec.head_dim * mean_keys(spec.window, context) for spec in cfg.layers)
+  return 2 * (sum(n.values()) + cfg.vocab_size * cfg.width + attention)
+
+
+def training_flops(cfg: ModelConfig, context: int) -> float:
+  """Forward and backward, a token: the backward pass has two matmuls for each of the forward pass."""
+  return 3 * forward_flops(cfg, context)
+
+
+def mean_keys(window: int | None, context: int) -> float:
+  """Keys that a token sees, itself included, averaged over the tokens of a document."""
+  w = context if window is None else min(window, context)
+  return (w * (w + 1) / 2 + (context - w) * w) / context
+
+
+def kv_bytes(cfg: ModelConfig, context: int, unified: bool = False) -> int:
+  """K/V of one sequence after `context` tokens: local layers keep one window, layers that borrow K/V keep nothing.
+
+  Args:
+    unified: a layer with K=V stores V and the rotated channels of K. The other channels of K are V times the key norm's
+      weight. Not with a value-embedding arm, which changes V alone, nor where V is normed and K is not.
+  """
+  split = cfg.v_norm and not cfg.qk_norm
+
+  def elements(spec: LayerSpec) -> int:
+    if unified and spec.k_eq_v and spec.inject != VALUE and not split:
+      return spec.num_kv_heads * (spec.head_dim + 2 * int(spec.rope_fraction * spec.head_dim // 2))
+    return spec.num_kv_heads * 2 * spec.head_dim
+
+  return BYTES * sum(elements(spec) * min(spec.window or context, context) for spec in cfg.layers if spec.kv_from is None)
+
+
+def costs(cfg: ModelConfig, context: int) -> dict[str, float]:
+  """What a run records of its model; FLOPs are those of the forward pass."""
+  return {
+      'params/total': total(cfg), 'params/non_embedding': non_embedding(cfg), 'params/ple_table': _table(cfg),
+      'flops_per_token': forward_flops(cfg, context), 'resident_bytes': resident_bytes(cfg)}
+
+
+def _matmuls(cfg: ModelConfig) -> collections.Counter:
+  """Weights that activations are multiplied with, by part; without the head, with all experts."""
+  D, F, E = cfg.width, cfg.expert_dim, cfg.num_experts
+  n = collections.Counter(attention=0, mlp=0, router=0, experts=0, arm=0)
+  for spec in cfg.layers:
+    made = 0 if spec.kv_from is not None else 1 if spec.k_eq_v else 2
+    n['attention'] += D * spec.head_dim * (2 * cfg.num_heads + made * spec.num_kv_heads)
+    if not E or cfg.moe_dense_branch:
+      n['mlp'] += D * spec.mlp_dim * (1 + cfg.gated_mlp + (spec.inject != UP))
+    n['router'] += D * E
+    n['experts'] += 3 * D * F * E
+    n['arm'] += D * spec.inject_dim * {GATE: 2, UNGATED: 1}.get(spec.inject, 0)
+  if _projects_context(cfg):
+    n['arm'] += D * cfg.ple_dim * len(cfg.inject_layers)
+  return n
+
+
+def _projects_context(cfg: ModelConfig) -> bool:
+  return cfg.embedding in PLE_ARMS and cfg.embedding != 'table_only'
+
+
+def _visited(cfg: ModelConfig, experts: int) -> int:
+  """Of the weights of all experts, those of the ones that a token visits."""
+  return experts // cfg.num_experts * cfg.num_experts_per_token if cfg.num_experts else 0
+
+
+def _table(cfg: ModelConfig) -> int:
+  """Numbers in the token tables of the embedding arm."""
+  if cfg.embedding == 'bigram':
+    return (cfg.bigram_buckets or cfg.vocab_size) * cfg.width
+  if cfg.embedding in ('none', 'projection_only'):
+    return 0
+  return cfg.vocab_size * (cfg.ple_dim if cfg.embedding == 'shared_table' else sum(spec.inject_dim for spec in cfg.layers))

@@ -1,0 +1,79 @@
+"""Next-token cross entropy through a soft-capped head whose logits never exist whole."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def token_nll(x_RD: jax.Array, table_VD: jax.Array, target_R: jax.Array, *, cap: float, chunk: int) -> jax.Array:
+  """Returns -log p(target) in nats, float32 [R], of logits cap * tanh(x table^T / cap), a chunk of rows at a time.
+
+  Args:
+    x_RD: the normed last stream, any float dtype; the logits and all that follows are float32.
+    target_R: int32 in [0, V).
+    cap: of the logits; 0 for none.
+    chunk: rows whose logits exist at once.
+  """
+  def nll(args):
+    x_CD, target_C = args
+    logits_CV = _capped(_logits(x_CD, table_VD), cap)
+    return jax.nn.logsumexp(logits_CV, axis=-1) - _pick(logits_CV, target_C)
+  return jax.lax.map(nll, _chunks(chunk, x_RD, target_R)).reshape(-1)[:len(target_R)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def nll_sum(x_RD: jax.Array, table_VD: jax.Array, target_R: jax.Array, weight_R: jax.Array, cap: float, chunk: int) -> jax.Array:
+  """Returns sum(weight * token_nll), float32. Its gradient in x and table is computed along with it, chunk by chunk, so the
+  backward pass neither keeps nor recomputes logits: three head-sized matmuls a step, as with whole logits. `weight_R`
+  (float32, 0 masks) gets no gradient."""
+  return (token_nll(x_RD, table_VD, target_R, cap=cap, chunk=chunk) * weight_R).sum()
+
+
+def _nll_sum_fwd(x_RD, table_VD, target_R, weight_R, cap, chunk):
+  def body(carry, args):
+    total, dtable_VD = carry
+    x_CD, target_C, weight_C = args
+    logits_CV = _capped(_logits(x_CD, table_VD), cap)
+    lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    total += ((lse_C - _pick(logits_CV, target_C)) * weight_C).sum()
+    hit_CV = jax.lax.broadcasted_iota(jnp.int32, logits_CV.shape, 1) == target_C[:, None]
+    d_CV = (jnp.exp(logits_CV - lse_C[:, None]) - hit_CV) * weight_C[:, None]
+    if cap:
+      d_CV *= 1 - jnp.square(logits_CV / cap)
+    d_CV = d_CV.astype(x_CD.dtype)
+    dtable_VD += jnp.einsum('CV,CD->VD', d_CV, x_CD, preferred_element_type=jnp.float32)
+    return (total, dtable_VD), d_CV @ table_VD.astype(x_CD.dtype)
+
+  start = jnp.zeros(()), jnp.zeros(table_VD.shape, jnp.float32)
+  (total, dtable_VD), dx = jax.lax.scan(body, start, _chunks(chunk, x_RD, target_R, weight_R))
+  return total, (dx.reshape(-1, x_RD.shape[-1])[:len(x_RD)], dtable_VD.astype(table_VD.dtype))
+
+
+def _nll_sum_bwd(cap, chunk, grads, g):
+  dx_RD, dtable_VD = grads
+  return (g * dx_RD).astype(dx_RD.dtype), (g * dtable_VD).astype(dtable_VD.dtype), None, None
+
+
+nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
+
+
+def _logits(x_CD, table_VD):
+  return jnp.einsum('CD,VD->CV', x_CD, table_VD.astype(x_CD.dtype), preferred_element_type=jnp.float32)
+
+
+def _capped(logits, cap):
+  return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def _pick(logits_CV, target_C):
+  return jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
+
+
+def _chunks(chunk, *rows):
+  """[R, ...] -> [ceil(R / chunk), chunk, ...], padded with zeros; fewer rows than a chunk are one chunk of their own size."""
+  n = len(rows[0])
+  chunk = min(chunk, n)
+  count = -(-n // chunk)
+  pad = lambda x: jnp.pad(x, [(0, count * chunk - n)] + [(0, 0)] * (x.ndim - 1)).reshape(count, chunk, *x.shape[1:])
+  return tuple(pad(x) for x in rows)

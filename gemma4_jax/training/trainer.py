@@ -1,0 +1,334 @@
+"""One training run: from a config to a folder with rows, checkpoints and a summary; killed at any moment, it goes on exactly."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+from pathlib import Path
+import platform
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import rich.console
+import rich.progress as rich_progress
+
+from gemma4_jax import config as model_config
+from gemma4_jax import hardware, metrics, sharding, size
+from gemma4_jax.checkpoint import orbax
+from gemma4_jax.data import batching, corpus
+from gemma4_jax.evaluation import perplexity
+from gemma4_jax.model import transformer
+from gemma4_jax.training import losses, optimizer
+
+
+class NonFiniteLoss(RuntimeError):
+  """Loss or gradient is no longer a number."""
+
+
+class State(NamedTuple):
+  """step: int32 []; params: the tree of `transformer.init`; opt_state: of `optimizer.make`."""
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+
+
+def head_table(cfg: model_config.ModelConfig, params: dict) -> jax.Array:
+  """[V, D], the weight of the output head."""
+  return params['embedder']['table'] if cfg.tied_embeddings else params['unembedder']['w']
+
+
+def last_stream(cfg: model_config.ModelConfig, params: dict, batch: dict) -> jax.Array:
+  """[B * T, D], normed, before the head."""
+  x_BTD, _ = transformer.Transformer(cfg).apply(
+      {'params': params}, batch['tokens'], batch['positions'], batch['segments'], head=False)
+  return x_BTD.reshape(-1, cfg.width)
+
+
+def make_step(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, *, accumulate: int, loss_chunk: int):
+  """Returns (State, batch) -> (State, row of float32 scalars: loss, grad_norm). Not jitted.
+
+  The loss is the mean over the predicted tokens of the whole batch in nats; microbatches add sums, not means.
+  """
+  def nll_sum(params, batch):
+    return losses.nll_sum(last_stream(cfg, params, batch), head_table(cfg, params), batch['targets'].reshape(-1),
+                          batch['weights'].reshape(-1), cfg.final_softcap, loss_chunk)
+
+  def add_microbatch(params, carry, batch):
+    return jax.tree.map(jnp.add, carry, jax.value_and_grad(nll_sum)(params, batch)), None
+
+  def step(state: State, batch: dict) -> tuple[State, dict]:
+    tokens = jnp.maximum(batch['weights'].sum(), 1)
+    if accumulate == 1:
+      nll, grads = jax.value_and_grad(nll_sum)(state.params, batch)
+    else:   # row i goes to microbatch i % accumulate, so that a batch split over devices stays where it is
+      parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+      zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
+      (nll, grads), _ = jax.lax.scan(lambda carry, part: add_microbatch(state.params, carry, part), zero, parts)
+    grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    row = {'loss': nll / tokens, 'grad_norm': optax.global_norm(grads)}
+    return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), row
+
+  return step
+
+
+def make_nll(cfg: model_config.ModelConfig, loss_chunk: int):
+  """Returns (params, batch) -> -log p(target) in nats, float32 [B, T]."""
+  def nll(params, batch):
+    return losses.token_nll(last_stream(cfg, params, batch), head_table(cfg, params), batch['targets'].reshape(-1),
+                            cap=cfg.final_softcap, chunk=loss_chunk).reshape(batch['targets'].shape)
+  return nll
+
+
+def init_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
+  """The state at step 0, every array sharded as `sharding` says."""
+  params = jax.device_put(transformer.init(cfg, seed), param_shardings(cfg, mesh))
+  opt_state = jax.jit(tx.init)(params)
+  return State(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def param_shardings(cfg: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> dict:
+  """A sharding for every parameter; stacked weights keep their leading axis whole."""
+  canonical = sharding.params(mesh, transformer.abstract(cfg))
+  if not cfg.scan:
+    return canonical
+  return transformer.stack(cfg, canonical, join=lambda *ws: sharding.stacked(ws[0]))
+
+
+@dataclasses.dataclass
+class _Run:
+  """What one run has in hand."""
+  config: ml_collections.ConfigDict
+  workdir: Path
+  cfg: model_config.ModelConfig
+  data: corpus.Dataset
+  mesh: jax.sharding.Mesh
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
+  """Trains to `config.train.steps` and returns what DONE holds. A second call on a folder goes on from its last checkpoint.
+
+  Leaves in `workdir`: config.json, env.json, metrics.jsonl (one row a step), checkpoints/, and at the end DONE: a JSON object
+  of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit, but for the
+  clock's (tokens_per_s, mfu).
+
+  Raises:
+    ValueError: a config that cannot run, or a folder of another config; nothing in the folder is changed.
+    NonFiniteLoss: names the step, the batch's rows and the last checkpoint.
+  """
+  cfg = check(config)
+  workdir = Path(workdir)
+  _claim(config, workdir)
+  data = corpus.prepare(config.data)
+  mesh = sharding.make_mesh(config.mesh)
+  if config.data.batch_size % (config.optimizer.accumulate * math.prod(mesh.shape[axis] for axis in sharding.BATCH)):
+    raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
+                     f'{config.optimizer.accumulate} microbatches over {dict(mesh.shape)} devices')
+  with jax.set_mesh(mesh):
+    return _train(_Run(config, workdir, cfg, data, mesh))
+
+
+def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
+  """The model of a config that could run; a ValueError names the first field that cannot be."""
+  cfg = model_config.from_dict(config.model)
+  if config.data.vocab_size != cfg.vocab_size:
+    raise ValueError(f'data.vocab_size: {config.data.vocab_size} is not model.vocab_size = {cfg.vocab_size}')
+  if config.data.sequence_length > cfg.context_length:
+    raise ValueError(f'data.sequence_length: {config.data.sequence_length} is over model.context_length = {cfg.context_length}')
+  positive = {'data': ('batch_size', 'sequence_length'), 'optimizer': ('accumulate',), 'eval': ('batch_size',),
+              'train': ('steps', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'loss_chunk')}
+  for section, fields in positive.items():
+    for field in fields:
+      if config[section][field] < 1:
+        raise ValueError(f'{section}.{field}: {config[section][field]} is not positive')
+  optimizer.make(config.optimizer, config.train.steps)
+  return cfg
+
+
+def _claim(config, workdir):
+  """Writes config.json, or makes sure that it says the same."""
+  path = workdir / 'config.json'
+  ours = json.loads(config.to_json())
+  if path.exists():
+    theirs = json.loads(path.read_text())
+    if theirs != ours:
+      names = sorted(name for name in {*_flat(ours), *_flat(theirs)} if _flat(ours).get(name) != _flat(theirs).get(name))
+      raise ValueError(f'{workdir}: holds a run of another config; it differs in {", ".join(names)}. Choose another workdir.')
+    return
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(path, ours)
+  except OSError as error:
+    raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
+
+
+def _flat(tree, prefix=''):
+  return {name: leaf for key, value in tree.items() for name, leaf in (
+      _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}).items()}
+
+
+def _train(r: _Run) -> dict:
+  config, cfg, train, lead = r.config, r.cfg, r.config.train, jax.process_index() == 0
+  tx = optimizer.make(config.optimizer, train.steps)
+  rate = optimizer.schedule(config.optimizer, config.optimizer.learning_rate, train.steps)
+  state = init_state(cfg, tx, config.seed, r.mesh)
+  batches = batching.train_iterator(
+      r.data.train, sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.seed,
+      process_index=jax.process_index(), process_count=jax.process_count())
+  checkpoints = orbax.Checkpoints(r.workdir / 'checkpoints', keep=train.keep_checkpoints)
+  start = checkpoints.latest or 0
+  if start:
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    state, place = checkpoints.restore(start, abstract)
+    batches.set_state(place['iterator'].encode())
+    logging.info('%s: goes on from step %d', r.workdir, start)
+  if lead:
+    metrics.write_json(r.workdir / 'env.json', environment(r.data, r.mesh))
+  writer = metrics.Writer(r.workdir, start, config) if lead else None
+
+  began = time.perf_counter()
+  step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0)
+  compile_seconds = None
+  evaluate = _evaluator(r)
+  flops_per_token = size.training_flops(cfg, config.data.sequence_length)
+  peak, _ = hardware.peak_flops()
+  tokens = config.data.batch_size * config.data.sequence_length
+  since, last_row = None, start
+  with _progress(r.workdir.name, train.steps, start, lead) as advance:
+    for step in range(start + 1, train.steps + 1):
+      batch = next(batches)
+      arrays = _arrays(batch, r.mesh)
+      if compile_seconds is None:
+        clock = time.perf_counter()
+        step_fn = step_fn.lower(state, arrays).compile()
+        compile_seconds = time.perf_counter() - clock
+      since = since or time.perf_counter()
+      state, row = step_fn(state, arrays)
+      last = step == train.steps
+      save = last or step % train.checkpoint_every == 0
+      if not (save or step == 1 or step % train.log_every == 0):
+        continue
+      row = {name: float(value) for name, value in row.items()}
+      _require_finite(row, step, batch, checkpoints)
+      speed = tokens * (step - last_row) / (time.perf_counter() - since)
+      row = {'step': step, **row, 'learning_rate': float(rate(step - 1)), 'tokens_per_s': speed,
+             'mfu': speed * flops_per_token / peak}
+      if step == 1:
+        row['fingerprint'] = fingerprint(cfg, state.params, arrays)
+      if last or (config.eval.every and step % config.eval.every == 0):
+        row |= evaluate(state.params)
+      if lead:
+        writer.write(row)
+      if save:   # after the rows: a checkpoint never stands without the rows before it
+        checkpoints.save(step, state, {'iterator': batches.get_state().decode()}, config)
+      advance(step, row)
+      since, last_row = time.perf_counter(), step
+  checkpoints.wait()
+  checkpoints.close()
+  done = {}
+  if lead:
+    writer.close()
+    done = _summary(r, compile_seconds, time.perf_counter() - began)
+    metrics.write_json(r.workdir / 'DONE', done)
+  return done
+
+
+def _summary(r: _Run, compile_seconds: float | None, wall_seconds: float) -> dict:
+  """What DONE holds; the seconds are those of the last process that worked on the run, None if it had only to finish."""
+  rows = metrics.read_rows(r.workdir / 'metrics.jsonl')
+  return {
+      'metrics': {name: value for name, value in rows[-1].items() if name.startswith('eval/')} | {'train/loss': rows[-1]['loss']},
+      'fingerprint': rows[0]['fingerprint'],
+      'costs': size.costs(r.cfg, r.config.data.sequence_length) | {
+          'tokens_per_s': float(np.median([row['tokens_per_s'] for row in rows])),
+          'peak_memory_bytes': hardware.peak_memory_bytes(),
+          'compile_seconds': compile_seconds, 'wall_seconds': wall_seconds}}
+
+
+def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict) -> str:
+  """A hash of the logits of the first sequence. Two arms of a comparison that share it after a step are one model."""
+  one = {name: value[:1] for name, value in batch.items()}
+  logits, _ = jax.jit(transformer.Transformer(cfg).apply)({'params': params}, one['tokens'], one['positions'], one['segments'])
+  return hashlib.sha256(np.asarray(logits).tobytes()).hexdigest()[:16]
+
+
+def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh) -> dict:
+  """What env.json holds: code, versions, hardware, data."""
+  def git(*args):
+    done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+  return {
+      'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
+      'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in (
+          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')},
+      'device': jax.devices()[0].device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
+      'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+      'mesh': {axis: int(n) for axis, n in mesh.shape.items()}, 'peak_flops': hardware.peak_flops(),
+      'started': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+      'corpus_hash': data.corpus_hash, 'tokenizer_hash': data.tokenizer_hash}
+
+
+def _arrays(batch: dict, mesh: jax.sharding.Mesh) -> dict:
+  """This process's share of the batch -> arrays of the whole batch, split over the mesh."""
+  where = sharding.batch(mesh)
+  return {name: jax.make_array_from_process_local_data(where, batch[name])
+          for name in ('tokens', 'targets', 'positions', 'segments', 'weights', 'domains') if name in batch}
+
+
+def _evaluator(r: _Run):
+  """Returns params -> final metrics on the validation split."""
+  c = r.config
+  sums = perplexity.accumulator(make_nll(r.cfg, c.train.loss_chunk), r.data.tokenizer.token_bytes, r.data.token_counts,
+                                len(r.data.validation.domains))
+  def evaluate(params):
+    batches = batching.eval_batches(r.data.validation, sequence_length=c.data.sequence_length, batch_size=c.eval.batch_size)
+    batches = itertools.islice(batches, c.eval.max_batches or None)
+    return perplexity.evaluate(sums, params, (_arrays(batch, r.mesh) for batch in batches), r.data.validation.domains)
+  return evaluate
+
+
+def _require_finite(row: dict, step: int, batch: dict, checkpoints: orbax.Checkpoints) -> None:
+  bad = [name for name in ('loss', 'grad_norm') if not math.isfinite(row[name])]
+  if not bad:
+    return
+  checkpoints.wait()
+  good = checkpoints.latest
+  raise NonFiniteLoss(
+      f'step {step}: {" and ".join(bad)} not finite ({row}); the batch is rows {batch["rows"].tolist()} of the packed training '
+      f'split; last good checkpoint: {"none" if good is None else f"step {good}"}. '
+      'Lower optimizer.learning_rate or optimizer.clip_norm.')
+
+
+@contextlib.contextmanager
+def _progress(name: str, steps: int, start: int, lead: bool):
+  """Yields advance(step, row). A bar on a terminal; elsewhere a line now and then."""
+  if not lead:
+    yield lambda step, row: None
+    return
+  bar = rich_progress.Progress(
+      rich_progress.TextColumn('{task.description}'), rich_progress.BarColumn(), rich_progress.MofNCompleteColumn(),
+      rich_progress.TextColumn('{task.fields[note]}'), rich_progress.TimeElapsedColumn(), rich_progress.TimeRemainingColumn(),
+      disable=not sys.stderr.isatty(), console=rich.console.Console(stderr=True))
+  with bar:
+    task = bar.add_task(name, total=steps, completed=start, note='')
+    spoke = time.perf_counter()
+    def advance(step, row):
+      nonlocal spoke
+      note = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s"
+      bar.update(task, completed=step, note=note)
+      if bar.disable and (step == steps or time.perf_counter() - spoke > 30):
+        spoke = time.perf_counter()
+        logging.info('%s: step %d of %d, %s', name, step, steps, note)
+    yield advance

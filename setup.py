@@ -1,0 +1,32 @@
+"""Installs `gemma4_jax`. Extras are imported where they are used, and an error names the one that is missing."""
+
+from pathlib import Path
+import re
+
+import setuptools
+
+HERE = Path(__file__).parent
+
+setuptools.setup(
+    name='gemma4_jax',
+    version=re.search(r"__version__ = '(.*)'", (HERE / 'gemma4_jax/__init__.py').read_text())[1],
+    description='Gemma 4 in JAX: functional Flax modules composed by configs, for ablations from a laptop to a pod',
+    long_description=(HERE / 'README.md').read_text(),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=setuptools.find_packages(include=['gemma4_jax', 'gemma4_jax.*']),
+    python_requires='>=3.11',
+    install_requires=[
+        'jax>=0.10.0', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'numpy>=2.0', 'ml-collections>=1.1',
+        'absl-py', 'grain>=0.2.18', 'tokenizers>=0.23', 'rich', 'matplotlib',
+    ],
+    extras_require={
+        'test': ['pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow'],   # live parity runs where torch is installed, too
+        'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
+        'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
+        'tensorboard': ['tensorboardX'],
+        'wandb': ['wandb'],
+        'cuda': ['jax[cuda13]'],
+        'tpu': ['jax[tpu]'],
+    },
+)

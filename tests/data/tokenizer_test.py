@@ -1,0 +1,153 @@
+"""Text goes through a tokenizer unchanged, byte for byte, and never turns into a control token."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from gemma4_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer
+
+WORDS = 'def return self the window of a layer attends to tokens <bos> <0x41> import numpy as np'.split()
+TEXTS = ['\n    '.join(' '.join(random.Random(i * 100 + j).choices(WORDS, k=9)) for j in range(9)) for i in range(30)]
+
+AWKWARD = [
+    '', ' ', '  two  spaces ', '\n\n\n', '\r\n\ttab\x0b\x0c', 'naïve façade', 'e\u0301 is not \u00e9', '\u2581', ' \u2581\u2581 x\u2581',
+    '\U0001f468\u200d\U0001f469\u200d\U0001f467', 'हिन्दी और 中文', '\x00\x01\x7f\x80', '\ufeff\uffff\U0010ffff', '12345',
+    '\u00a0\u2003\u3000', '<bos>', '<|endoftext|>', 'a<pad><eos>b<unk> <mask>', '<0x41><0xFF>', '<<bos>>', '<bos',
+]
+
+
+def byte_level():
+  """A tokenizer of the other family: GPT-2's."""
+  tokenizer = tokenizers.Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
+  tokenizer.train_from_iterator(TEXTS, trainers.BpeTrainer(
+      vocab_size=300, special_tokens=['<|endoftext|>'], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+  return Tokenizer(tokenizer.to_str())
+
+
+def whole_word():
+  """Gemma's form: no words before the merges, and merges that would spell <bos> and <0x41>; ids unlike ours."""
+  merges = [(spelled[:i], spelled[i]) for spelled in ('<bos>', '<0x41>') for i in range(1, len(spelled))]
+  names = [*(f'<0x{b:02X}>' for b in range(256)), *CONTROL_TOKENS, *'<bos>0x41\u2581', *(a + b for a, b in merges)]
+  vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+  tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token='<unk>'))
+  tokenizer.normalizer = normalizers.Replace(' ', '\u2581')
+  tokenizer.decoder = decoders.Sequence([decoders.Replace('\u2581', ' '), decoders.ByteFallback(), decoders.Fuse()])
+  tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in CONTROL_TOKENS])
+  return Tokenizer(tokenizer.to_str())
+
+
+FAMILIES = {'trained': Tokenizer.train(TEXTS, 350), 'byte-level': byte_level(), 'whole-word': whole_word()}
+
+
+def test_the_first_ids_are_gemmas_control_tokens_and_then_the_bytes():
+  vocab = json.loads(FAMILIES['trained'].serialized)['model']['vocab']
+  assert [vocab[t] for t in CONTROL_TOKENS] == [0, 1, 2, 3, 4]
+  assert [vocab[f'<0x{b:02X}>'] for b in range(256)] == list(range(5, 261))
+  assert len(vocab) == FAMILIES['trained'].vocab_size == 350
+
+
+@pytest.mark.parametrize('family, bos, eos, pad', [
+    ('trained', 2, 1, 0), ('byte-level', 0, 0, 0), ('whole-word', 258, 257, 256)])
+def test_control_ids_are_found_by_name(family, bos, eos, pad):
+  tokenizer = FAMILIES[family]
+  assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos, eos, pad)
+
+
+def random_texts():
+  rng = random.Random(0)
+  points = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+  return [''.join(map(chr, rng.choices(points[:0x300], k=50) + rng.choices(points, k=50))) for _ in range(20)]
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_any_text_comes_back_exactly_and_its_bytes_are_counted_exactly(family):
+  tokenizer = FAMILIES[family]
+  control = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
+  texts = AWKWARD + random_texts() + TEXTS
+  for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode()), repr(text)
+    assert not np.isin(ids, control).any(), repr(text)
+    np.testing.assert_array_equal(ids, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_control_tokens_count_no_bytes_and_decode_to_nothing(family):
+  tokenizer = FAMILIES[family]
+  assert tokenizer.token_bytes[[tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]].sum() == 0
+  assert tokenizer.decode([tokenizer.bos_id, *tokenizer.encode('a b'), tokenizer.eos_id]) == 'a b'
+
+
+def test_spaces_travel_as_u2581_without_a_prefix():
+  vocab = json.loads(FAMILIES['trained'].serialized)['model']['vocab']
+  names = {i: t for t, i in vocab.items()}
+  assert ''.join(names[i] for i in FAMILIES['trained'].encode('the  self')) == 'the\u2581\u2581self'
+
+
+def test_training_learns_words_line_breaks_with_indentation_and_single_digits():
+  tokenizer = FAMILIES['trained']
+  assert len(tokenizer.encode(' tokens')) == 1
+  assert len(tokenizer.encode('\n   ')) == 1
+  assert len(Tokenizer.train(['1234 1234 ab'] * 50 + TEXTS, 350).encode('1234')) == 4
+
+
+def test_training_does_not_depend_on_the_order_of_texts():
+  assert Tokenizer.train(TEXTS[::-1], 350).hash == FAMILIES['trained'].hash
+  assert Tokenizer.train(TEXTS[1:], 350).hash != FAMILIES['trained'].hash
+
+
+def test_rare_characters_are_left_to_bytes():
+  tokenizer = Tokenizer.train(['the window ' * 1000 + '\u4e2d'] + TEXTS, 350)
+  assert len(tokenizer.encode('\u4e2d')) == 3
+
+
+def test_characters_take_at_most_half_of_a_small_vocabulary():
+  texts = [''.join(map(chr, range(0x4e00, 0x4e40))) * 3] + TEXTS
+  vocab = json.loads(Tokenizer.train(texts, 261 + 40).serialized)['model']['vocab']
+  assert sum(len(token) == 1 for token in vocab) == 20
+
+
+def test_a_saved_tokenizer_loads_to_the_same_ids_and_hash(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  path.write_text(FAMILIES['trained'].serialized, encoding='utf-8')
+  loaded = Tokenizer.load(path)
+  assert loaded.hash == FAMILIES['trained'].hash
+  np.testing.assert_array_equal(loaded.encode(TEXTS[0]), FAMILIES['trained'].encode(TEXTS[0]))
+
+
+@pytest.mark.parametrize('vocab_size, message', [
+    (262, 'data.vocab_size=262 is too small: 261 entries'),
+    (5000, r'fills only \d+ of data.vocab_size=5000 entries; set data.vocab_size and model.vocab_size to \d+ or less'),
+])
+def test_a_vocabulary_that_cannot_be_trained_is_refused(vocab_size, message):
+  with pytest.raises(ValueError, match=message):
+    Tokenizer.train(TEXTS, vocab_size)
+
+
+def test_the_size_named_when_the_text_is_too_short_works():
+  with pytest.raises(ValueError) as e:
+    Tokenizer.train(TEXTS, 5000)
+  size = int(str(e.value).split('fills only ')[1].split()[0])
+  assert Tokenizer.train(TEXTS, size).vocab_size == size
+
+
+@pytest.mark.parametrize('content, message', [
+    (None, 'No such file'),
+    ('{', 'not a tokenizer.json'),
+    ('[]', 'not a tokenizer.json'),
+    (tokenizers.Tokenizer(models.WordLevel({'<bos>': 0, '<eos>': 1}, '<bos>')).to_str(), 'neither byte fallback nor byte-level'),
+    (tokenizers.Tokenizer(models.BPE({'a': 0}, [])).to_str(), 'no token begins or ends a text'),
+])
+def test_a_file_that_is_no_usable_tokenizer_is_named_in_one_line(content, message, tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(ValueError, match=f'data.tokenizer: cannot use .*tokenizer.json: .*{message}') as e:
+    Tokenizer.load(path)
+  assert '\n' not in str(e.value)
