@@ -52,9 +52,9 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
       text_field='text',
       tokenizer='train',              # train a BPE on the train split, or the path of a tokenizer.json
       vocab_size=model.vocab_size,
-      sequence_length=256 if toy else 2048,
-      batch_size=16 if toy else 64,   # sequences a step, over all processes
-      validation_fraction=0.02,
+      sequence_length=128 if toy else 2048,
+      batch_size=8 if toy else 64,   # sequences a step, over all processes
+      validation_fraction=0.05,
       max_bytes=0,                    # 0: all
       cache_dir='')                   # '': $GEMMA4_JAX_CACHE or ~/.cache/gemma4_jax
 
@@ -71,9 +71,9 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
       accumulate=1)                   # microbatches a step
 
   c.train = dict(
-      steps=300 if toy else 20_000,
+      steps=400 if toy else 20_000,
       log_every=1,
-      checkpoint_every=100 if toy else 1000,
+      checkpoint_every=200 if toy else 1000,
       keep_checkpoints=2,
       loss_chunk=1024,                # tokens whose logits exist at once
       tensorboard=False, wandb='')    # extras; wandb: a project's name
