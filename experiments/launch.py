@@ -121,7 +121,7 @@ def run_sweep(points: Sequence[manifest.Point], workdir: pathlib.Path, *, jobs: 
   A point that ends with the logits of another arm (see manifest.clash) has failed, loudly; the others go on.
 
   Args:
-    points: those to run; the fingerprints of all points done in `workdir` are compared with theirs.
+    points: those to run; what is done of them is passed over.
     command: the command line that runs one point.
   Returns:
     Why each point that failed did: name -> one line.
@@ -129,33 +129,37 @@ def run_sweep(points: Sequence[manifest.Point], workdir: pathlib.Path, *, jobs: 
     KeyboardInterrupt: after the children were stopped.
   """
   finished, failures, running = [], {}, {}       # running: slot -> (process, track)
+  pending = [p for p in points if manifest.done(p, workdir) is None]
+  with progress.View(console, total=len(points)) as view:
 
-  def judge(point: manifest.Point, returncode: int) -> None:
-    result = manifest.done(point, workdir)
-    if result is None:
-      failures[point.name] = manifest.failure(point, workdir, returncode)
-      return
-    clashes = [said for other, theirs in finished if (said := manifest.clash(other, theirs, point, result))]
-    if clashes:
-      failures[point.name] = clashes[0]
-    finished.append((point, result))
+    def judge(point: manifest.Point, returncode: int, track: progress.Track | None = None) -> None:
+      result = manifest.done(point, workdir)
+      if result is None:
+        failures[point.name] = manifest.failure(point, workdir, returncode)
+      else:
+        clashes = [said for other, theirs in finished if (said := manifest.clash(other, theirs, point, result))]
+        finished.append((point, result))
+        if clashes:
+          failures[point.name] = clashes[0]
+      failed = point.name in failures
+      view.finished(track, failed)
+      if failed:
+        view.say(f'FAILED {point.name}  {failures[point.name]}', style='bold red')
+      elif track:
+        view.say(f'done   {point.name}')
 
-  pending = []
-  for point in manifest.read(workdir):
-    if manifest.done(point, workdir) is not None:
+    for point in (p for p in points if p not in pending):
       judge(point, 0)
-    elif point in points:
-      pending.append(point)
-  with progress.View(console, total=len(points), done=len(points) - len(pending)) as view:
-    for name, reason in failures.items():
-      view.say(f'FAILED {name}  {reason}', style='bold red')
     try:
       while pending or running:
         for slot in (s for s in range(jobs) if s not in running):
           point = next((p for p in pending if not _is_locked(workdir / p.folder)), None)
-          if point is None:
+          if point is None:      # the others are being run by another launch
             break
           pending.remove(point)
+          if manifest.done(point, workdir) is not None:
+            judge(point, 0)      # by that launch
+            continue
           running[slot] = _start(point, workdir, slot, jobs, command), progress.Track(point, workdir / point.folder)
           view.say(f'start  {point.name}  {point.folder}')
         time.sleep(0.2)
@@ -163,16 +167,10 @@ def run_sweep(points: Sequence[manifest.Point], workdir: pathlib.Path, *, jobs: 
           if process.poll() is None:
             continue
           del running[slot]
-          point = track.point
           if process.returncode == _BUSY:
-            pending.append(point)
-            continue
-          judge(point, process.returncode)
-          if point.name in failures:
-            view.say(f'FAILED {point.name}  {failures[point.name]}', style='bold red')
+            pending.append(track.point)
           else:
-            view.say(f'done   {point.name}')
-          view.finished(track, failed=point.name in failures)
+            judge(track.point, process.returncode, track)
         view.update([track for _, track in running.values()], jobs)
     except KeyboardInterrupt:
       view.say(f'stopping {len(running)} running points')

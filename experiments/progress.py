@@ -62,8 +62,8 @@ class Track:
 class View:
   """Totals and a row a running point on a terminal; a line now and then elsewhere. Use as a context."""
 
-  def __init__(self, console: rich.console.Console, total: int, done: int = 0):
-    self.console, self.total, self.done, self.failed = console, total, done, 0
+  def __init__(self, console: rich.console.Console, total: int):
+    self.console, self.total, self.done, self.failed = console, total, 0, 0
     self._seconds = []                        # that finished points took
     self._live = rich.live.Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
     self._last_line = time.monotonic()
@@ -80,9 +80,10 @@ class View:
   def say(self, text: str, style: str = '') -> None:
     self.console.print(f'{time.strftime("%H:%M:%S")} {text}', style=style, markup=False, highlight=False, soft_wrap=True)
 
-  def finished(self, track: Track, failed: bool) -> None:
+  def finished(self, track: Track | None, failed: bool) -> None:
+    """Counts a point; `track` is None if it was not run here."""
     self.failed, self.done = self.failed + failed, self.done + (not failed)
-    if not failed:
+    if track and not failed:
       self._seconds.append(time.monotonic() - track.started)
 
   def update(self, tracks: Sequence[Track], jobs: int) -> None:

@@ -49,11 +49,13 @@ class Writer:
     self.first = self.first or row
     self._file.write(json.dumps(row) + '\n')
     self._file.flush()
-    for sink in self._sinks:
-      sink({name: value for name, value in row.items() if isinstance(value, (int, float))}, row['step'])
+    for write, _ in self._sinks:
+      write({name: value for name, value in row.items() if isinstance(value, (int, float))}, row['step'])
 
   def close(self) -> None:
     self._file.close()
+    for _, close in self._sinks:
+      close()
 
 
 def _tensorboard(workdir):
@@ -62,11 +64,10 @@ def _tensorboard(workdir):
   except ImportError:
     raise ValueError("train.tensorboard needs tensorboardX: pip install 'gemma4_jax[tensorboard]'") from None
   writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
-  def sink(row, step):
+  def write(row, step):
     for name, value in row.items():
       writer.add_scalar(name, value, step)
-    writer.flush()
-  return sink
+  return write, writer.close
 
 
 def _wandb(workdir, config):
@@ -75,4 +76,4 @@ def _wandb(workdir, config):
   except ImportError:
     raise ValueError("train.wandb needs wandb: pip install 'gemma4_jax[wandb]'") from None
   run = wandb.init(project=config.train.wandb, name=workdir.name, dir=str(workdir), id=workdir.name, resume='allow', config=config.to_dict())
-  return lambda row, step: run.log(row, step=step)
+  return lambda row, step: run.log(row, step=step), run.finish

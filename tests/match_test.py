@@ -53,9 +53,9 @@ def test_only_fields_of_the_way_to_grow_change_and_the_report_lists_them(metric,
   assert new == old
 
 
-@pytest.mark.parametrize('metric, by', GROWING)
-def test_resolving_what_is_resolved_changes_nothing(metric, by):
-  once, _ = match.resolve(_config('e2b-toy', metric, by))
+@pytest.mark.parametrize('metric, by, arm', [*((*case, 'ple') for case in GROWING), ('total_params', 'depth', 'stem')])
+def test_resolving_what_is_resolved_changes_nothing(metric, by, arm):
+  once, _ = match.resolve(_config('e2b-toy', metric, by, arm))
   twice, report = match.resolve(once)
   assert twice == once and twice.is_locked and not report['changed']
 
@@ -72,15 +72,17 @@ def test_the_given_config_stays_as_it_was():
 
 
 def test_an_arm_of_equal_cost_changes_no_field():
-  _, report = match.resolve(_config('e2b', 'total_params', arm='permuted_table', embedding='ple'))
+  _, report = match.resolve(_config('e2b', 'total_params', arm='permuted_table', embedding='ple', mlp_dim=6147))
   assert report['changed'] == {} and report['mismatch'] == 0
 
 
-def test_width_keeps_the_ratio_of_the_mlp_and_the_heads():
-  resolved, _ = match.resolve(_config('e2b', 'total_params'))
-  old, new = model_config.E2B, model_config.from_dict(resolved.model)
-  assert new.width % 8 == new.mlp_dim % 8 == 0
-  assert new.mlp_dim / new.width == pytest.approx(old.mlp_dim / old.width, rel=0.01)
+@pytest.mark.parametrize('name', ['e2b', '26b-a4b'])
+def test_width_keeps_the_ratio_of_the_mlps_and_multiples_of_eight(name):
+  resolved, _ = match.resolve(_config(name, 'total_params', arm='value'))
+  old, new = model_config.VARIANTS[name], model_config.from_dict(resolved.model)
+  assert new.width % 8 == new.mlp_dim % 8 == new.expert_dim % 8 == 0
+  assert new.mlp_dim / new.width == pytest.approx(old.mlp_dim / old.width, rel=0.1)
+  assert new.expert_dim / new.width == pytest.approx(old.expert_dim / old.width, rel=0.01)
 
 
 def test_a_cheaper_arm_makes_the_model_smaller():

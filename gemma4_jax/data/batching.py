@@ -106,6 +106,7 @@ def train_iterator(corpus: corpus_lib.Corpus, *, sequence_length: int, batch_siz
       positions: int32, from 0 in each document and at the beginning of a row.
       segments: int32, 1 for the row's first document, 2 for the next; 0 for padding.
       weights: float32, 1 where the target belongs to the document of its token, 0 elsewhere.
+      rows: int64 [B, 2], the (epoch, row) of `PackedRows` that each is.
   Raises:
     ValueError: `batch_size` cannot be divided among the processes, or a size is not positive.
   """
@@ -118,7 +119,7 @@ def train_iterator(corpus: corpus_lib.Corpus, *, sequence_length: int, batch_siz
   def row(index: int, shuffled: int) -> Batch:
     batch = rows.row(index // len(rows), shuffled)
     del batch['domains']
-    return batch
+    return batch | {'rows': np.array([index // len(rows), shuffled])}
 
   # A global batch is the next process_count local ones, end to end. A million epochs, because grain's endless length
   # overflows in `batch`. One thread builds batches many times faster than an accelerator takes them; more would fight

@@ -78,7 +78,7 @@ def make_step(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, *
       (nll, grads), _ = jax.lax.scan(lambda carry, part: add_microbatch(state.params, carry, part), zero, parts)
     grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    row = {'loss': nll / tokens, 'grad_norm': optax.global_norm(grads)}
+    row = {'loss': nll / tokens, 'grad_norm': optax.tree.norm(grads)}
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), row
 
   return step
@@ -130,12 +130,17 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   """
   cfg = check(config)
   workdir = Path(workdir)
-  _claim(config, workdir)
+  _refuse_other_config(config, workdir)
   data = corpus.prepare(config.data)
   mesh = sharding.make_mesh(config.mesh)
   if config.data.batch_size % (config.optimizer.accumulate * math.prod(mesh.shape[axis] for axis in sharding.BATCH)):
     raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
                      f'{config.optimizer.accumulate} microbatches over {dict(mesh.shape)} devices')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    metrics.write_json(workdir / 'config.json', json.loads(config.to_json()))
+  except OSError as error:
+    raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
   with jax.set_mesh(mesh):
     return _train(_Run(config, workdir, cfg, data, mesh))
 
@@ -157,21 +162,14 @@ def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
   return cfg
 
 
-def _claim(config, workdir):
-  """Writes config.json, or makes sure that it says the same."""
+def _refuse_other_config(config, workdir):
   path = workdir / 'config.json'
-  ours = json.loads(config.to_json())
-  if path.exists():
-    theirs = json.loads(path.read_text())
-    if theirs != ours:
-      names = sorted(name for name in {*_flat(ours), *_flat(theirs)} if _flat(ours).get(name) != _flat(theirs).get(name))
-      raise ValueError(f'{workdir}: holds a run of another config; it differs in {", ".join(names)}. Choose another workdir.')
+  if not path.is_file():
     return
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(path, ours)
-  except OSError as error:
-    raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
+  ours, theirs = _flat(json.loads(config.to_json())), _flat(json.loads(path.read_text()))
+  names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+  if names:
+    raise ValueError(f'{workdir}: holds a run of another config; it differs in {", ".join(names)}. Choose another workdir.')
 
 
 def _flat(tree, prefix=''):
