@@ -71,9 +71,9 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
       accumulate=1)                   # microbatches a step
 
   c.train = dict(
-      steps=400 if toy else 20_000,
+      steps=240 if toy else 20_000,
       log_every=1,
-      checkpoint_every=200 if toy else 1000,
+      checkpoint_every=120 if toy else 1000,
       keep_checkpoints=2,
       loss_chunk=1024,                # tokens whose logits exist at once
       tensorboard=False, wandb='')    # extras; wandb: a project's name

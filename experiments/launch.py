@@ -305,7 +305,7 @@ def _explain(argv: Sequence[str]) -> None:
   value, i = given[-1]
   config = manifest.get_config(*manifest.load(argv[i + 1] if value is None and i + 1 < len(argv) else value or ''))
   for field in fields:
-    manifest.check_field(config, field, '--config.')
+    manifest.check_field(config, field, prefix='--config.')
 
 
 def _launch(argv: Sequence[str]) -> int:

@@ -72,11 +72,11 @@ def get_config(module, arg: str | None) -> ml_collections.ConfigDict:
 
 
 def get_sweep(module, arg: str | None) -> list[dict]:
-  """The overrides of every point, flat; one empty dict if the file has no sweep."""
+  """The overrides of every point; one empty dict if the file has no sweep."""
   if not hasattr(module, 'sweep'):
     return [{}]
   points = []
-  add = lambda overrides: points.append(flatten(overrides))
+  add = lambda overrides: points.append(dict(overrides))
   takes_arg = len(inspect.signature(module.sweep).parameters) > 1 and arg is not None
   _call(module.__file__, lambda: module.sweep(add, arg) if takes_arg else module.sweep(add))
   if not points:
@@ -88,11 +88,11 @@ def get_metrics(module) -> list[str]:
   return list(_call(module.__file__, module.metrics)) if hasattr(module, 'metrics') else []
 
 
-def check_field(config: ml_collections.ConfigDict, path: str, prefix: str = '') -> None:
-  """Raises Error with the nearest name if `config` has no field `path`."""
+def check_field(config: ml_collections.ConfigDict, path: str, where: str = '', prefix: str = '') -> None:
+  """Raises Error with the nearest name if `config` has no field `path`; names are told with `prefix`."""
   fields = flatten(config.to_dict())
   if path not in fields and not any(name.startswith(path + '.') for name in fields):
-    raise Error(f'{prefix}{path}: no such field; did you mean {prefix}{model_config.nearest(path, list(fields))}?')
+    raise Error(f'{where}{prefix}{path}: no such field; did you mean {prefix}{model_config.nearest(path, list(fields))}?')
 
 
 def expand(config: ml_collections.ConfigDict, sweep: Sequence[Mapping], metrics: Sequence[str] = (),
@@ -101,12 +101,13 @@ def expand(config: ml_collections.ConfigDict, sweep: Sequence[Mapping], metrics:
 
   Args:
     config: the base of all points, command-line overrides applied.
-    sweep: flat overrides, one mapping a point.
+    sweep: overrides, one mapping a point; {'model': {'width': 1}} is {'model.width': 1}.
     metrics: names to report beside `config.primary_metric`.
     fixed: fields the command line set, which the sweep must leave alone.
   Raises:
     Error: a point has an unknown field, a wrong value or a twin, or its model contradicts itself.
   """
+  sweep = [flatten(overrides) for overrides in sweep]
   for path in fixed:
     if any(_overlap(path, field) for overrides in sweep for field in overrides):
       raise Error(f'--config.{path}: the sweep sets this field itself and would undo it; change the sweep in the config file instead')
@@ -126,7 +127,7 @@ def expand(config: ml_collections.ConfigDict, sweep: Sequence[Mapping], metrics:
     whole = json.loads(canonical(resolved.to_dict())) | {'seed': c.seed}
     digest = hashlib.sha256(canonical(whole, 'seed').encode()).hexdigest()[:10]
     points.append(Point(
-        index=i, folder=f'{digest}-s{c.seed}', group=c.get('group', ''), arm=c.arm, seed=c.seed, overrides=dict(sweep[i]),
+        index=i, folder=f'{digest}-s{c.seed}', group=c.get('group', ''), arm=c.arm, seed=c.seed, overrides=sweep[i],
         match=matched, metrics=list(dict.fromkeys([c.primary_metric, *metrics])), config=whole))
   seen = {}
   for point in points:

@@ -9,8 +9,7 @@ import copy
 
 import ml_collections
 
-from gemma4_jax import config as model_config
-from gemma4_jax import size
+from gemma4_jax import config as model_config, size
 from gemma4_jax.config import EMBEDDING_ARMS, ModelConfig
 
 TOLERANCE = 0.01

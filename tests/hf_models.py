@@ -33,20 +33,19 @@ TINY = {
 
 
 def configs() -> dict[str, config.ModelConfig]:
-  """Name -> ModelConfig: the tiny models above and every released variant, shrunk; of equal ones the first."""
-  found = {}
-  for name, cfg in [(name, hf.config_from_hf(fields)) for name, fields in TINY.items()] + [
-      (name, config.shrink(cfg)) for name, cfg in config.VARIANTS.items()]:
-    cfg = cfg.replace(ple_dim=8)   # which models without PLE do not read
-    found.setdefault(cfg, name)
+  """Name -> ModelConfig: the tiny models above and every released variant, shrunk; equal ones once, their names joined."""
+  found = {hf.config_from_hf(fields): name for name, fields in TINY.items()}
+  for name, variant in config.VARIANTS.items():
+    cfg = config.shrink(variant, ple_dim=32)
+    found[cfg] = f'{found[cfg]}={name}' if cfg in found else name
   return {name: cfg for cfg, name in found.items()}
 
 
 def random_state(cfg: config.ModelConfig, seed: int = 4, std: float = 0.2) -> dict[str, np.ndarray]:
   """A Hugging Face state dict, float32; norms and scales away from one, where a missing one would not show.
 
-  Attention at scale 1 amplifies rounding, more for some weights than for others: over eight seeds the float32 logits of
-  `transformers` differ from its float64 logits by up to 1e-3, with the default seed by up to 2e-4.
+  Attention at scale 1 and norms of small PLE vectors amplify rounding, for some weights more than for others: over eight
+  seeds the float32 logits of `transformers` are off its own float64 logits by up to 1e-3, with this one by up to 2e-4.
   """
   rng = np.random.RandomState(seed)   # its stream is frozen, unlike that of `default_rng`
   state = {}

@@ -3,8 +3,7 @@
 import pytest
 
 from configs import base
-from gemma4_jax import config as model_config
-from gemma4_jax import match, size
+from gemma4_jax import config as model_config, match, size
 
 GROWING = [('total_params', 'width'), ('total_params', 'depth'), ('total_params', 'experts'), ('flops', 'width'),
            ('flops', 'depth'), ('resident_bytes', 'width'), ('resident_bytes', 'depth')]

@@ -28,9 +28,15 @@ def done(fingerprint=name):
 '''
 
 
+def config(steps=300):
+  c = base.get_config('e2b-toy')
+  c.train.steps = steps
+  return c
+
+
 @pytest.fixture
 def sweep(tmp_path):
-  points = manifest.expand(base.get_config('e2b-toy'), SWEEP)
+  points = manifest.expand(config(), SWEEP)
   manifest.write(points, tmp_path)
 
   def run(script, jobs=2, points=points):
@@ -160,18 +166,14 @@ def test_a_point_is_not_run_twice_at_once(sweep, tmp_path, capsys):
 def test_another_sweep_in_a_folder_with_rows_is_refused_and_nothing_changes(sweep, tmp_path):
   sweep('done()')
   before = (tmp_path / manifest.FILE).read_text()
-  c = base.get_config('e2b-toy')
-  launch.settle(manifest.expand(c, SWEEP), tmp_path, check=None)         # the same: no word
-  c.train.steps = 7
+  launch.settle(manifest.expand(config(), SWEEP), tmp_path, check=None)         # the same: no word
   with pytest.raises(manifest.Error, match=r'holds another sweep: train.steps \(300 there, 7 now\). Choose another --workdir'):
-    launch.settle(manifest.expand(c, SWEEP), tmp_path, check=None)
+    launch.settle(manifest.expand(config(steps=7), SWEEP), tmp_path, check=None)
   assert (tmp_path / manifest.FILE).read_text() == before
 
 
 def test_a_sweep_of_which_nothing_ran_gives_way(sweep, tmp_path):
-  c = base.get_config('e2b-toy')
-  c.train.steps = 7
-  launch.settle(manifest.expand(c, SWEEP), tmp_path, check=lambda points: None)
+  launch.settle(manifest.expand(config(steps=7), SWEEP), tmp_path, check=lambda points: None)
   assert manifest.read(tmp_path)[0].config['train']['steps'] == 7
 
 
@@ -184,9 +186,8 @@ def test_what_the_check_refuses_writes_no_manifest(sweep, tmp_path):
 
 
 def test_the_trainer_is_asked_about_every_arm_before_anything_runs():
-  c = base.get_config('e2b-toy')
   with pytest.raises(manifest.Error, match=r'point 1 \(short\): optimizer.warmup_steps'):
-    launch.check_runs(manifest.expand(c, [{'arm': 'long'}, {'arm': 'short', 'train.steps': 5}]))
+    launch.check_runs(manifest.expand(config(), [{'arm': 'long'}, {'arm': 'short', 'train.steps': 5}]))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(sweep, tmp_path):

@@ -14,6 +14,7 @@ ARMS = [{'seed': seed, 'arm': arm, 'model.embedding': arm} for seed in range(2) 
 
 def config(**fields):
   c = base.get_config('e2b-toy')
+  c.train.steps = 300
   c.update_from_flattened_dict(fields)
   return c
 

@@ -17,6 +17,7 @@ from gemma4_jax.model import layers
 from gemma4_jax.model import moe
 from gemma4_jax.model import transformer
 from tests import hf_models
+from tests import quick
 
 CONFIGS = hf_models.configs()
 SUBLAYER_TOLERANCE = 1e-5   # largest difference over largest value
@@ -83,7 +84,7 @@ def case(request):
   return Case(CONFIGS[request.param])
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick.jit, static_argnums=0)
 def step(cfg, params, ids_BT, pos_BT, mask_BT):
   def loss_fn(params):
     logits_BTV, _ = transformer.Transformer(cfg).apply({'params': params}, ids_BT, pos_BT, mask_BT)
@@ -93,7 +94,7 @@ def step(cfg, params, ids_BT, pos_BT, mask_BT):
   return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(quick.jit, static_argnums=0)
 def apply(module, params, *args):
   return module.apply({'params': params}, *args)
 
@@ -186,17 +187,18 @@ def test_loss_and_gradients_agree(case, layout):
   assert_gradients_close(our_grads, their_grads)
 
 
-@having(lambda cfg: True)
+@pytest.mark.parametrize('case', ['dense_ple_kvshare', 'large_kv', 'moe'], indirect=True)
 def test_a_single_token_agrees(case):
   ids = np.array([[7]], np.int32)
   with torch.no_grad():
     theirs = case.model(torch.from_numpy(ids).long(), use_cache=False).logits.numpy()
-  ours, _ = transformer.Transformer(case.cfg).apply({'params': case.params}, ids)
+  ours, _ = apply(transformer.Transformer(case.cfg), case.params, ids)
   assert np.abs(ours - theirs).max() <= LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize('execution', [{'scan': True}, {'scan': True, 'remat': 'full'}, {'remat': 'dots'}], ids=str)
-@having(lambda cfg: cfg in (CONFIGS['mqa_ple_kvshare'], CONFIGS['moe']))
+@pytest.mark.parametrize('case, execution', [
+    ('mqa_ple_kvshare', {'scan': True, 'remat': 'full'}), ('mqa_ple_kvshare', {'remat': 'dots'}), ('moe', {'scan': True}),
+], ids=str, indirect=['case'])
 def test_scan_and_remat_agree_too(case, execution):
   logits, loss, grads = case.ours(**execution)
   assert np.abs(logits - case.theirs()[0]).max() <= LOGIT_TOLERANCE
