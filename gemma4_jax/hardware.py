@@ -41,6 +41,8 @@ def measure_matmul(size: int = 2048, repeats: int = 3, dtype=jnp.float32) -> flo
 def peak_memory_bytes() -> int:
   """Most bytes ever in use: of the first device where it keeps count, else of this process."""
   stats = jax.local_devices()[0].memory_stats() or {}
-  if 'peak_bytes_in_use' in stats:
-    return stats['peak_bytes_in_use']
+  return stats.get('peak_bytes_in_use') or peak_process_bytes()
+
+
+def peak_process_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)

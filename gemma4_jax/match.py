@@ -143,19 +143,23 @@ def _nearest(grown: Callable[[int], ModelConfig], least: int, cost: Cost, target
 
 
 def _trim(cfg: ModelConfig, cost: Cost, target: float) -> ModelConfig:
-  """Moves the widths of experts and dense MLP, in which every cost is linear, to where the target is met.
+  """Moves the widths of experts and dense MLP to where the target is met.
 
   Experts first: beside them the dense MLP is small, and to make up for much would bend it out of shape.
   """
   for field in ('expert_dim', 'mlp_dim'):
-    dim, step = getattr(cfg, field), _step(cfg, field)
-    if not dim:
-      continue
-    resized = lambda steps: cfg.replace(**{field: dim + steps * step})
-    slope = cost(resized(1)) - cost(cfg)
-    if slope:   # else a model of experts alone
-      cfg = resized(max(-((dim - 1) // step), round((target - cost(cfg)) / slope)))
+    cfg = _trim_field(cfg, field, cost, target)
   return cfg
+
+
+def _trim_field(cfg: ModelConfig, field: str, cost: Cost, target: float) -> ModelConfig:
+  """Solves for one width, in which every cost is linear."""
+  dim, step = getattr(cfg, field), _step(cfg, field)
+  resized = lambda steps: cfg.replace(**{field: dim + steps * step})
+  slope = cost(resized(1)) - cost(cfg) if dim else 0
+  if not slope:   # a part that is not there, or a dense MLP without a branch to sit in
+    return cfg
+  return resized(max(-((dim - 1) // step), round((target - cost(cfg)) / slope)))
 
 
 def _step(cfg: ModelConfig, field: str) -> int:

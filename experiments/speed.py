@@ -1,0 +1,143 @@
+r"""Speed against the machine's limit and against a peer, as JSON.
+
+  python -m experiments.speed train --size=mini --peer=hf     # a training step: float32, AdamW, ours and transformers
+
+Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
+library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
+over that peak: medians over rounds of medians over steps.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+
+from configs import base
+from gemma4_jax import size
+
+BATCH, LENGTH = 4, 512
+
+
+def _ours(name: str, steps: int, scan: bool) -> dict:
+  import jax
+  import jax.numpy as jnp
+  from gemma4_jax import hardware
+  from gemma4_jax.model import transformer
+  from gemma4_jax.training import optimizer, trainer
+  c = base.get_config(name)
+  cfg = base.models()[name].replace(scan=scan)
+  tx = optimizer.make(c.optimizer, c.train.steps)
+  params = transformer.init(cfg, 0)
+  state = trainer.State(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
+  ids = _ids(cfg)
+  batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (BATCH, 1)),
+           'segments': jnp.ones((BATCH, LENGTH), jnp.int32), 'weights': jnp.ones((BATCH, LENGTH), jnp.float32)}
+  step = jax.jit(trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk), donate_argnums=0)
+  begin = time.perf_counter()
+  step = step.lower(state, batch).compile()
+  compile_seconds = time.perf_counter() - begin
+  def run():
+    nonlocal state
+    state, row = step(state, batch)
+    return float(row['loss'])
+  return _measure(run, hardware.measure_matmul, steps, cfg) | {
+      'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'compile_seconds': compile_seconds,
+      'peak_memory_bytes': hardware.peak_memory_bytes(), 'path': 'scanned' if scan else 'one layer after another'}
+
+
+def _hf(name: str, steps: int, scan: bool) -> dict:
+  del scan
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    sys.exit(f"error: --peer=hf: {error}: pip install 'gemma4_jax[peer]'")
+  from gemma4_jax import hardware
+  from gemma4_jax.checkpoint import hf
+  cfg = base.models()[name]
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  fields = {**hf.config_to_hf(cfg), 'attn_implementation': 'sdpa'}
+  model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields)).to(device).train()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+  ids = torch.tensor(_ids(cfg), dtype=torch.long, device=device)
+
+  def run():
+    optimizer.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return float(loss)
+
+  def peak(n=2048):
+    a = torch.ones(n, n, device=device)
+    times = []
+    for _ in range(4):
+      begin = time.perf_counter()
+      float((a @ a)[0, 0])
+      times.append(time.perf_counter() - begin)
+    return 2 * n**3 / min(times)
+
+  memory = lambda: torch.cuda.max_memory_allocated() if device == 'cuda' else hardware.peak_process_bytes()
+  return _measure(run, peak, steps, cfg) | {
+      'library': f'torch {torch.__version__}, transformers {transformers.__version__}', 'device': device, 'compile_seconds': 0.0,
+      'peak_memory_bytes': memory(), 'path': model.config._attn_implementation}
+
+
+def _ids(cfg):
+  import numpy as np
+  return np.random.default_rng(0).integers(0, cfg.vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
+
+
+def _measure(run, peak, steps, cfg) -> dict:
+  before, losses, times = peak(), [run()], []
+  for _ in range(steps):
+    begin = time.perf_counter()
+    losses.append(run())
+    times.append(time.perf_counter() - begin)
+  best = max(before, peak())
+  seconds, flops = statistics.median(times), size.training_flops(cfg, LENGTH) * BATCH * LENGTH
+  if not losses[-1] < losses[0]:
+    raise RuntimeError(f'the loss did not fall ({losses}): this is no training step')
+  return {'step_seconds': seconds, 'tokens_per_s': BATCH * LENGTH / seconds, 'matmul_peak_flops': best,
+          'share_of_peak': flops / seconds / best}
+
+
+def _alone(function, *args) -> dict:
+  """Runs in a process of its own, so that peaks of memory do not mix."""
+  with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
+    return pool.submit(function, *args).result()
+
+
+def main(argv=None) -> None:
+  parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('what', choices=['train'])
+  parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
+  parser.add_argument('--peer', choices=['hf'], help='measure transformers beside us')
+  parser.add_argument('--steps', type=int, default=3, help='timed steps a round, after one that is not')
+  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--scan', action='store_true', help='blocks as a scan over periods')
+  args = parser.parse_args(argv)
+  if min(args.steps, args.rounds) < 1:
+    parser.error('--steps and --rounds are at least 1')
+  runs = {'ours': _ours} | ({'hf': _hf} if args.peer else {})
+  found = {name: [] for name in runs}
+  for _ in range(args.rounds):
+    for name, function in runs.items():
+      found[name].append(_alone(function, args.size, args.steps, args.scan))
+  out = {'what': args.what, 'size': args.size, 'batch': BATCH, 'length': LENGTH, 'parameters': size.total(base.models()[args.size]),
+         'training_flops_per_step': size.training_flops(base.models()[args.size], LENGTH) * BATCH * LENGTH,
+         'date': time.strftime('%Y-%m-%d'), **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(
+             value, (int, float)) else value for key, value in rounds[0].items()} for name, rounds in found.items()}}
+  if args.peer:
+    ratios = [hf['step_seconds'] / ours['step_seconds'] for ours, hf in zip(found['ours'], found['hf'])]
+    out['times_as_fast_as_hf'] = statistics.median(ratios)
+  print(json.dumps(out, indent=2))
+
+
+if __name__ == '__main__':
+  main()
