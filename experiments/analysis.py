@@ -46,7 +46,7 @@ class Run:
   point: manifest.Point
   state: str              # done, failed, invalid (see manifest.clash), unfinished or missing
   reason: str
-  metrics: dict
+  metrics: dict           # those that are finite
   costs: dict
   env: dict
 
@@ -70,8 +70,9 @@ def collect(workdir: pathlib.Path) -> list[Run]:
       state, reason = 'failed', manifest.failure(point, workdir)
     else:
       state, reason = 'unfinished' if (folder / 'metrics.jsonl').exists() else 'missing', ''
-    result = result or {}
-    runs.append(Run(point, state, reason, result.get('metrics', {}), result.get('costs', {}), _read_json(folder / 'env.json')))
+    result = result or {'metrics': {}, 'costs': {}}
+    numbers = {name: value for name, value in result['metrics'].items() if value is not None and math.isfinite(value)}
+    runs.append(Run(point, state, reason, numbers, result['costs'], _read_json(folder / 'env.json')))
   return runs
 
 

@@ -34,9 +34,11 @@ TINY = {
 
 def configs() -> dict[str, config.ModelConfig]:
   """Name -> ModelConfig: the tiny models above and every released variant, shrunk; equal ones once, their names joined."""
-  found = {hf.config_from_hf(fields): name for name, fields in TINY.items()}
+  found = {hf.config_from_hf(fields): name for name, fields in TINY.items()}   # E2B's pattern is among them
   for name, variant in config.VARIANTS.items():
-    cfg = config.shrink(variant, ple_dim=32)
+    shared = variant.num_kv_shared_layers > 0
+    fields = {} if name == 'e2b' else dict(ple_dim=32, num_layers=len(variant.pattern) * (2 if shared else 1))
+    cfg = config.shrink(variant, **fields)
     found[cfg] = f'{found[cfg]}={name}' if cfg in found else name
   return {name: cfg for cfg, name in found.items()}
 
@@ -72,6 +74,7 @@ def build(cfg: config.ModelConfig, state: dict[str, np.ndarray]):
   import torch
   import transformers
 
+  torch.set_num_threads(1)   # the work is too small for more
   model = transformers.Gemma4ForCausalLM._from_config(
       transformers.Gemma4TextConfig(**hf.config_to_hf(cfg)), attn_implementation='eager', experts_implementation='eager')
   missing, unexpected = model.load_state_dict({name: torch.from_numpy(array) for name, array in state.items()}, strict=False)

@@ -50,7 +50,8 @@ def test_a_config_without_a_sweep_is_one_point(tmp_path):
 
 
 def test_an_arm_without_a_label_is_named_after_what_it_sets():
-  assert [p.arm for p in points([{'seed': 1}, {'seed': 1, 'model.window': 16, 'model.qk_norm': False}])] == ['default', 'window=16, qk_norm=False']
+  unnamed, named = points([{'seed': 1}, {'seed': 1, 'model.window': 16, 'model.qk_norm': False}])
+  assert (unnamed.arm, named.arm) == ('default', 'window=16, qk_norm=False')
 
 
 def test_a_sweep_may_ask_for_the_configs_argument(tmp_path):

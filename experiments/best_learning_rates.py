@@ -1,0 +1,57 @@
+"""Reads a learning-rate trial (`configs/ple.py:study-lr`) and writes the best rate of every arm: {group: {arm: rate}}.
+
+  python -m experiments.best_learning_rates runs/ple_lr best.json
+
+Best is the lowest primary metric. An arm whose best rate is the least or the greatest tried is named: its trial was too narrow.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from experiments import manifest
+
+
+def best(workdir: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[str]]:
+  """Returns ({group: {arm: rate}}, arms whose best rate lies at an end of those tried).
+
+  Raises:
+    manifest.Error: a point is not done; every arm gets the same number of trials or none counts.
+  """
+  tried: dict[tuple[str, str], dict[float, float]] = {}
+  for point in manifest.read(workdir):
+    done = manifest.done(point, workdir)
+    if done is None:
+      raise manifest.Error(f'{workdir}: {point.name} is not done; finish the trial: python -m experiments.launch --workdir={workdir}')
+    arm = point.arm.rpartition(' @ ')[0]
+    if not arm:
+      raise manifest.Error(f'{workdir}: arm {point.arm!r} is no trial; arms of a trial are named ARM @ RATE')
+    tried.setdefault((point.group, arm), {})[point.config['optimizer']['learning_rate']] = done['metrics'][point.metrics[0]]
+  rates, ends = {}, []
+  for (group, arm), found in tried.items():
+    rate = min(found, key=found.get)
+    rates.setdefault(group, {})[arm] = rate
+    if rate in (min(found), max(found)):
+      ends.append(f'{group}: {arm} at {rate:g}')
+  return rates, ends
+
+
+def main(argv=None) -> None:
+  parser = argparse.ArgumentParser('python -m experiments.best_learning_rates', description=__doc__,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('workdir', type=pathlib.Path)
+  parser.add_argument('out', type=pathlib.Path)
+  args = parser.parse_args(argv)
+  try:
+    rates, ends = best(args.workdir)
+    manifest.write_text(args.out, json.dumps(rates, indent=2) + '\n')
+  except (manifest.Error, OSError) as error:
+    sys.exit(f'error: {error}')
+  for end in ends:
+    print(f'best at an end of the rates tried, try further: {end}')
+  print(f'{args.out}: the best of {len(rates)} groups')
+
+
+if __name__ == '__main__':
+  main()
