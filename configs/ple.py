@@ -1,7 +1,7 @@
 r"""Per-layer embeddings (PLE) against standard embeddings, with matched controls.
 
 Run:  python -m experiments.launch --config=configs/ple.py --workdir=runs/ple
-Time: under 15 minutes on two CPU cores, report included.
+Time: about a quarter of an hour on two CPU cores, report included. Outcome: experiments/ple/README.md
 
 The study, for a GPU: every arm at four sizes and three seeds, each arm at the learning rate that was best for it in a trial of
 equal size for all (another seed, a quarter of the steps):
