@@ -10,9 +10,10 @@ import numpy as np
 
 from experiments import analysis, report, statistics
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, and some of Tol's; grey: the first arm, usually the baseline.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's; grey: the first arm, usually the baseline.
 _COLOURS = (
-    '#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#882255', '#44AA99', '#999933', '#332288', '#AA4499')
+    '#555555', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#882255', '#44AA99', '#999933', '#332288', '#AA4499',
+    '#117733', '#DDCC77', '#661100', '#6699CC', '#CC6677', '#88CCEE', '#000000', '#BBBBBB')
 _MARKERS = 'osD^vPX*<>hp'
 _WINDOW = 0.04            # share of a run that a point of its smoothed loss averages over
 _SKIP = 0.15              # share of a run that is left out of view: the first steps hide the rest
@@ -77,9 +78,9 @@ def _loss_curves(curves: Mapping, group: Mapping, colours: Mapping):
         shared, here, there = np.intersect1d(steps, base[seed][0], return_indices=True)
         gaps.append((shared, loss[here] - base[seed][1][there]))
     _band(right, gaps, colours[arm], arm)
+  right.axhline(0, color=colours[group['baseline']], linewidth=1.2)
   _view(left)
   _view(right)
-  right.axhline(0, color=colours[group['baseline']], linewidth=1.2)
   left.set(xlabel='step', ylabel='training loss (nats/token)', title=_title('Training loss: mean and range over seeds', group))
   right.set(xlabel='step', ylabel=f'loss − loss of {group["baseline"]} (nats/token)', title='Difference to the baseline, same seed')
   handles = [Line2D([], [], color=colours[arm], label=arm) for arm in smooth]
@@ -197,18 +198,18 @@ def _cost_axis(axis, xs: Sequence[float], cost: analysis.Cost) -> None:
     axis.set_xticks([])
     return
   low, high = min(xs), max(xs)
-  unit = 0.0
+  unit = report.scale((low + high) / 2, cost.unit)
   if high > 8 * low > 0:
     axis.set_xscale('log')
     low, high = low / (high / low)**0.06, high * (high / low)**0.06
-    ticks = np.geomspace(low, high, 5)[1:-1]
+    unit = 0.0      # as fits each tick
+    ticks = [digit * report.scale(power, cost.unit) * tens for power in (low, high) for tens in (0.1, 1, 10, 100) for digit in (1, 2, 5)]
   else:
     pad = max(0.08 * (high - low), 0.1 * high - 0.5 * (high - low))    # costs that hardly differ should look so
-    unit = report.scale(low, cost.unit)
     low, high = low - pad, high + pad
     ticks = unit * matplotlib.ticker.MaxNLocator(4).tick_values(low / unit, high / unit)
   axis.set_xlim(low, high)
-  axis.set_xticks([t for t in ticks if low <= t <= high], minor=False)
+  axis.set_xticks([tick for tick in ticks if low <= tick <= high])
   axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
   axis.xaxis.set_major_formatter(lambda value, _: report.quantity(value, cost.unit, at=unit))
 

@@ -21,13 +21,13 @@ def last_row(path: pathlib.Path, field: str = 'loss') -> dict:
   try:
     with path.open('rb') as f:
       f.seek(max(0, f.seek(0, 2) - _TAIL))
-      lines = f.read().split(b'\n')[:-1]      # what follows the last newline is still being written
+      lines = f.read().splitlines()
   except OSError:
     return {}
   for line in reversed(lines):
     try:
       row = json.loads(line)
-    except ValueError:
+    except ValueError:      # still being written
       continue
     if isinstance(row, dict) and field in row:
       return row

@@ -215,10 +215,9 @@ def config_from_hf(hf: Mapping) -> ModelConfig:
 
   ours = {}
   for field, name, old, default in _FIELDS:
-    value = hf.get(name, hf.get(old, default) if old else default)
-    if value is _REQUIRED:
+    ours[field] = next((hf[key] for key in (name, old) if hf.get(key) is not None), default)
+    if ours[field] is _REQUIRED:
       raise ValueError(f'config.json: no field {name}')
-    ours[field] = value
   activations = {theirs: name for name, theirs in _ACTIVATIONS.items()}
   if ours['activation'] not in activations:
     refuse('hidden_activation', f'is none of {", ".join(activations)}')

@@ -126,7 +126,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path):
 
 
 def test_equal_logits_of_different_models_are_a_clash():
-  none, ple, other_seed, _ = points()
+  none, ple, _, other_seed = points()
   said = manifest.clash(none, {'fingerprint': 'f'}, ple, {'fingerprint': 'f'})
   assert 'none s0' in said and 'ple s0' in said and 'model.embedding' in said
   assert not manifest.clash(none, {'fingerprint': 'f'}, ple, {'fingerprint': 'g'})

@@ -121,8 +121,10 @@ def test_one_pair_gets_no_verdict(tmp_path):
 
 def test_a_value_that_is_not_finite_counts_as_failed(tmp_path):
   make(tmp_path)
-  edit(folder(tmp_path, 'ple', 0) / 'DONE', metrics={'eval/bits_per_byte': float('nan')})
-  assert [r['reason'] for r in analyse(tmp_path)['runs'] if r['state'] == 'failed'] == ['eval/bits_per_byte is nan']
+  edit(folder(tmp_path, 'ple', 0) / 'DONE', metrics={'eval/bits_per_byte': float('nan')}, costs=COSTS | {'tokens_per_s': 1.0})
+  results = analyse(tmp_path)
+  assert [r['reason'] for r in results['runs'] if r['state'] == 'failed'] == ['eval/bits_per_byte is nan']
+  assert results['groups'][0]['arms']['ple']['costs']['tokens_per_s'] == 1000.0
 
 
 def test_a_secondary_metric_that_is_not_finite_is_left_out(tmp_path):
@@ -185,6 +187,7 @@ def test_arms_are_compared_within_their_group(tmp_path):
   make(tmp_path, sweep)
   results = analyse(tmp_path)
   assert [(g['group'], g['baseline'], len(g['comparisons'])) for g in results['groups']] == [('small', 'none', 2), ('large', 'none', 2)]
+  assert {a['planned'] for g in results['groups'] for a in g['arms'].values()} == {3}
   printed(tmp_path)
   assert {'loss_curves_small.png', 'loss_curves_large.png', 'quality_against_cost.png'} <= {path.name for path in tmp_path.iterdir()}
 

@@ -68,6 +68,10 @@ def test_an_adjusted_test_that_fails_takes_the_verdict_away():
   assert statistics.verdict(statistics.interval([-1.0, -1.1, -0.9]), 0.051, True) == 'no difference shown'
 
 
+def test_a_test_that_passes_gives_no_verdict_inside_the_interval():
+  assert statistics.verdict(statistics.Interval(-1.0, -2.0, 0.01, 12, 'bootstrap'), 0.001, True) == 'no difference shown'
+
+
 @hypothesis.given(st.lists(st.floats(-10, 10), min_size=2, max_size=9), st.booleans())
 @hypothesis.settings(max_examples=200, deadline=None)
 def test_no_win_inside_the_interval(differences, lower_is_better):
