@@ -18,10 +18,10 @@ setuptools.setup(
     python_requires='>=3.11',
     install_requires=[
         'jax>=0.10.0', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'numpy>=2.0', 'ml-collections>=1.1',
-        'absl-py', 'grain>=0.2.18', 'tokenizers>=0.23', 'rich', 'matplotlib',
+        'absl-py', 'grain>=0.2.18', 'tokenizers>=0.23', 'rich', 'matplotlib', 'scipy', 'safetensors>=0.8',
     ],
     extras_require={
-        'test': ['pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow'],   # live parity runs where torch is installed, too
+        'test': ['pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis'],   # live parity runs where torch is installed, too
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'tensorboard': ['tensorboardX'],

@@ -64,7 +64,8 @@ def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
 
 @lru_cache(maxsize=None)
 def _draw(init, shape, dtype):
-  return jax.jit(lambda key: init(key, shape, dtype))
+  # in float32 whatever the dtype: jax draws a bfloat16 normal from 7 random bits, and models of two dtypes should start alike
+  return jax.jit(lambda key: init(key, shape, jnp.float32).astype(dtype))
 
 
 class Einsum(nn.Module):
