@@ -1,19 +1,32 @@
 """Text to token ids and back: a byte-fallback BPE like Gemma's, trained here or read from a tokenizer.json."""
 
+import codecs
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import hashlib
+import inspect
 import json
 import os
 import pathlib
 import re
+import textwrap
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-# Ids 0..4, as released; ids 5..260 are the byte tokens.
+# Ids 0..4, as released; in a tokenizer trained here, ids 5..260 are the byte tokens.
 CONTROL_TOKENS = ('<pad>', '<eos>', '<bos>', '<unk>', '<mask>')
+# Gemma 4's control tokens by id, as released. Ids between them are `<unusedN>`, bytes, line breaks or text.
+GEMMA4_TOKENS = {
+    **dict(enumerate(CONTROL_TOKENS)), 5: '[multimodal]', 46: '<|tool>', 47: '<tool|>', 48: '<|tool_call>', 49: '<tool_call|>',
+    50: '<|tool_response>', 51: '<tool_response|>', 52: '<|"|>', 98: '<|think|>', 100: '<|channel>', 101: '<channel|>',
+    105: '<|turn>', 106: '<turn|>', 255999: '<|image>', 256000: '<|audio>', 258880: '<|image|>', 258881: '<|audio|>',
+    258882: '<image|>', 258883: '<audio|>', 258884: '<|video|>',
+}
+_UNUSED = re.compile(r'<unused\d+>')
+_NEWLINES = range(107, 138)    # runs of 1..31 line breaks
+_BYTES = range(238, 494)
 _BYTE_TOKENS = tuple(f'<0x{byte:02X}>' for byte in range(256))
 _BYTE_TOKEN = re.compile('<0x[0-9A-F]{2}>')
 _SPACE = '\u2581'
@@ -38,16 +51,20 @@ class Tokenizer:
   Text never becomes a control token: what spells one travels as byte tokens, and so does U+2581, which stands for the
   space inside tokens. Byte-level tokenizers (GPT-2, Llama 3) are read too; they need neither.
 
+  Control tokens are those the file calls special, and Gemma 4's and `<unusedN>` whatever the file calls them. Added tokens
+  that are text (runs of line breaks) stay text.
+
   Attributes:
     serialized: content of tokenizer.json.
     hash: sha256 of `serialized`, hexadecimal.
     vocab_size: V, the largest id plus one.
     bos_id, eos_id, pad_id: control ids (2, 1, 0 in Gemma).
+    special_ids: {control token: id}.
     token_bytes: int32 [V], UTF-8 bytes of text each id stands for; 0 for control tokens.
   """
 
   def __init__(self, serialized: str):
-    """Raises ValueError: no tokenizer, no beginning-of-text token, or text exists that has no tokens."""
+    """Raises ValueError: no tokenizer, no beginning-of-text token, or text exists that has no tokens or comes back changed."""
     try:
       spec = json.loads(serialized)
       self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
@@ -60,7 +77,6 @@ class Tokenizer:
     vocab = self._tokenizer.get_vocab(with_added_tokens=True)
     self.vocab_size = max(vocab.values()) + 1
     added = {token['content']: token['special'] for token in spec['added_tokens']}
-    control = {token for token, special in added.items() if special}
     ids = {kind: next((vocab[n] for n in names if n in vocab), None) for kind, names in _NAMES.items()}
     if ids['bos'] is None or ids['eos'] is None:
       raise ValueError(f'no token begins or ends a text; looked for {_NAMES["bos"]} and {_NAMES["eos"]}')
@@ -69,22 +85,41 @@ class Tokenizer:
 
     decoder = spec['decoder'] or {}
     byte_level = any(d.get('type') == 'ByteLevel' for d in [decoder, *decoder.get('decoders', ())])
-    byte_fallback = bool(spec['model'].get('byte_fallback')) and all(token in vocab for token in _BYTE_TOKENS)
-    if not byte_level and not byte_fallback:
+    # A converter may have put the tab itself in the place of its byte token.
+    self._byte_ids = [] if byte_level else [
+        vocab.get(name, vocab.get(chr(byte)) if byte < 128 else None) for byte, name in enumerate(_BYTE_TOKENS)]
+    if not byte_level and (None in self._byte_ids or not spec['model'].get('byte_fallback')):
       raise ValueError('neither byte fallback nor byte-level: some texts would have no tokens')
-    self._byte_ids = [] if byte_level else [vocab[token] for token in _BYTE_TOKENS]
-    # Captures, so that `split` puts what is reserved at odd places. A byte-level tokenizer reserves nothing.
-    reserved = [*map(re.escape, sorted(control, key=len, reverse=True)), _BYTE_TOKEN.pattern, _SPACE]
-    self._reserved = re.compile('((?!))' if byte_level else f'({"|".join(reserved)})')
 
-    self.token_bytes = np.zeros(self.vocab_size, np.int32)
+    control = {token for token, special in added.items() if special}
+    # Captures, so that `split` puts what is reserved at odd places. A byte-level tokenizer reserves nothing.
+    self._reserved = re.compile('((?!))')
+    if not byte_level:
+      unused = {token for token in vocab if _UNUSED.fullmatch(token)}
+      named = control | (set(GEMMA4_TOKENS.values()) & vocab.keys())
+      control = named | unused
+      reserved = [*map(re.escape, sorted(named - unused, key=len, reverse=True)), _BYTE_TOKEN.pattern, _SPACE]
+      reserved += [_UNUSED.pattern] if unused else []  # 6,227 names, as released, would slow every text down
+      self._reserved = re.compile(f'({"|".join(reserved)})')
+    self.special_ids = {token: vocab[token] for token in sorted(control, key=vocab.get)}
+    self._spelled = {i: token.encode() for token, i in self.special_ids.items()}
+
+    self._text = [b''] * self.vocab_size  # the bytes each id stands for
+    letters = _byte_letters() if byte_level else {}
     for token, i in vocab.items():
       if token in control:
         continue
       if byte_level:  # one letter a byte, save for tokens added as plain text
-        self.token_bytes[i] = len(token.encode()) if token in added else len(token)
+        self._text[i] = token.encode() if token in added else bytes(letters[letter] for letter in token)
       else:
-        self.token_bytes[i] = 1 if _BYTE_TOKEN.fullmatch(token) else len(token.replace(_SPACE, ' ').encode())
+        byte = _BYTE_TOKEN.fullmatch(token)
+        self._text[i] = bytes([int(token[3:5], 16)]) if byte else token.replace(_SPACE, ' ').encode()
+    self.token_bytes = np.array([len(text) for text in self._text], np.int32)
+
+    probe = 'a  B\n\n\n\te\u0301 \u4e2d\U0001f600'
+    back = self.decode(self.encode(probe))
+    if back != probe:
+      raise ValueError(f'text does not come back as it was: {probe!r} returns as {back!r}')
 
   @classmethod
   def train(cls, texts: Sequence[str], vocab_size: int) -> 'Tokenizer':
@@ -119,6 +154,47 @@ class Tokenizer:
     return cls(json.dumps(spec, ensure_ascii=False))
 
   @classmethod
+  def stand_in(cls, texts: Iterable[str] | None = None, vocab_size: int = 1024) -> 'Tokenizer':
+    """A small tokenizer in the released one's form, for tests and notebooks: the same control, byte and line break ids.
+
+    Characters and merges learnt from `texts` (default: two modules of the standard library) take the other ids below
+    238 and those from 494 on; places that stay empty are `<unusedN>`. Media tokens exist if `vocab_size` reaches theirs.
+    Equal texts give an equal hash.
+
+    Raises:
+      ValueError: `vocab_size` has no room for text.
+    """
+    if vocab_size < _BYTES.stop + 2:
+      raise ValueError(f'vocab_size={vocab_size} is too small for a stand-in: give at least {_BYTES.stop + 2}')
+    texts = [inspect.getsource(textwrap), inspect.getsource(json.decoder)] if texts is None else list(texts)
+    vocab = {token: i for i, token in GEMMA4_TOKENS.items() if i < vocab_size}
+    runs = ['\n' * n for n in range(1, len(_NEWLINES) + 1)]
+    vocab.update(zip(runs, _NEWLINES))
+    vocab.update(zip(_BYTE_TOKENS, _BYTES))
+    # Every way to put a run together, shorter runs first: any run becomes one token.
+    merges = [(runs[i], runs[n - 1 - i]) for n in range(1, len(runs)) for i in range(n)]
+
+    free = [i for i in (*range(_NEWLINES.stop, _BYTES.start), *range(_BYTES.stop, vocab_size)) if i not in GEMMA4_TOKENS]
+    lines = [line for text in texts for line in text.split('\n')]
+    alphabet = _frequent_characters(lines, limit=len(free) // 2)
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token='<unk>', fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(' ', _SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior='isolated')
+    tokenizer.train_from_iterator(lines, trainers.BpeTrainer(
+        vocab_size=len(free), initial_alphabet=alphabet, limit_alphabet=len(alphabet), show_progress=False))
+    learnt = json.loads(tokenizer.to_str())['model']
+    vocab.update(zip(learnt['vocab'], free))
+    taken = set(vocab.values())
+    vocab.update((f'<unused{i - 6}>', i) for i in range(vocab_size) if i not in taken)
+
+    tokenizer.model = models.BPE(vocab, [*merges, *map(tuple, learnt['merges'])], unk_token='<unk>', fuse_unk=True, byte_fallback=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(' ', 'merged_with_previous')  # as released: cuts nothing, spaces are gone by then
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False)
+                                  for i, token in GEMMA4_TOKENS.items() if i < vocab_size])
+    return cls(tokenizer.to_str())
+
+  @classmethod
   def load(cls, path: str | os.PathLike) -> 'Tokenizer':
     """Reads a tokenizer.json. Raises ValueError naming the file."""
     try:
@@ -143,9 +219,51 @@ class Tokenizer:
       ids.append(np.array(own, np.int32))
     return ids
 
-  def decode(self, ids: Sequence[int]) -> str:
-    """Text of `ids`; control tokens give nothing, broken UTF-8 gives U+FFFD."""
-    return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+  def decode(self, ids: Sequence[int], control: bool = False) -> str:
+    """Text of `ids`; broken UTF-8 gives U+FFFD, control tokens their name if `control`, else nothing.
+
+    Raises ValueError: an id outside [0, V).
+    """
+    return b''.join(self._bytes(i, control) for i in ids).decode(errors='replace')
+
+  def stream(self, control: bool = False) -> 'StreamDecoder':
+    """A decoder that takes ids one at a time."""
+    return StreamDecoder(self, control)
+
+  def _bytes(self, i: int, control: bool) -> bytes:
+    if not 0 <= i < self.vocab_size:
+      raise ValueError(f'token id {i} is outside the vocabulary of {self.vocab_size}')
+    return self._spelled[i] if control and i in self._spelled else self._text[i]
+
+
+class StreamDecoder:
+  """Text of ids that come one at a time: all that `push` and the last `flush` give, together, is `decode` of all ids.
+
+  A character comes out with the token that completes it; bytes that can no longer become one come out as U+FFFD at once.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, control: bool = False):
+    self._tokenizer, self._control = tokenizer, control
+    self._utf8 = codecs.getincrementaldecoder('utf-8')(errors='replace')
+
+  def push(self, token_id: int) -> str:
+    """Text that `token_id` makes certain; may be empty. Raises ValueError: an id outside the vocabulary."""
+    return self._utf8.decode(self._tokenizer._bytes(token_id, self._control))
+
+  def flush(self) -> str:
+    """What an unfinished character leaves: U+FFFD or nothing. The next `push` begins anew."""
+    text = self._utf8.decode(b'', final=True)
+    return text
+
+
+def _byte_letters() -> dict[str, int]:
+  """The letter a byte-level tokenizer writes for each byte: itself if printable, else the next one from U+0100 on.
+
+  Source: openai/gpt-2 `src/encoder.py`, bytes_to_unicode.
+  """
+  printable = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _frequent_characters(texts: Sequence[str], limit: int) -> list[str]:

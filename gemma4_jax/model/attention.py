@@ -54,15 +54,22 @@ class FreshKV:
 
 
 def _attend(q_BTKGH, k_BSKH, v_BSKH, qpos_BT, qseg_BT, kpos_BS, kseg_BS, window, scale):
-  # Scores in the order their matmul makes them, [B, K, T, G, S]: another order would copy the largest array of all.
-  logits_BKTGS = jnp.einsum('BTKGH,BSKH->BKTGS', q_BTKGH * scale, k_BSKH, preferred_element_type=jnp.float32)
+  """Two batched matmuls of matrices: the queries of a K/V head are the rows, for `layers.contract`'s reason."""
+  B, T, K, G, H = q_BTKGH.shape
+  rows = lambda x: x.swapaxes(1, 2).reshape(B * K, -1, H)   # a copy only where K > 1
+  logits_BKTGS = jax.lax.dot_general(rows(q_BTKGH * scale), rows(k_BSKH), (((2,), (2,)), ((0,), (0,))),
+                                     preferred_element_type=jnp.float32).reshape(B, K, T, G, -1)
   ahead_BTS = qpos_BT[:, :, None] - kpos_BS[:, None, :]
   seen_BTS = (ahead_BTS >= 0) & (qseg_BT[:, :, None] == kseg_BS[:, None, :]) & (kseg_BS[:, None, :] > 0)
   if window is not None:
     seen_BTS &= ahead_BTS < window
   logits_BKTGS = jnp.where(seen_BTS[:, None, :, None], logits_BKTGS, MASKED)
-  probs_BKTGS = jax.nn.softmax(logits_BKTGS, axis=-1).astype(v_BSKH.dtype)
-  return jnp.einsum('BKTGS,BSKH->BTKGH', probs_BKTGS, v_BSKH)
+  # Softmax, divided by its sum after the values are summed and not before: one pass less over the scores, each way.
+  weights_BKTGS = jnp.exp(logits_BKTGS - jax.lax.stop_gradient(logits_BKTGS.max(-1, keepdims=True)))
+  out = jax.lax.dot_general(weights_BKTGS.astype(v_BSKH.dtype).reshape(B * K, T * G, -1), rows(v_BSKH),
+                            (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+  out_BKTGH = out.reshape(B, K, T, G, H) / weights_BKTGS.sum(-1, keepdims=True)
+  return out_BKTGH.astype(v_BSKH.dtype).swapaxes(1, 2)
 
 
 def _attend_blocked(q_BTKGH, k_BSKH, v_BSKH, pos_BT, seg_BT, window, scale):

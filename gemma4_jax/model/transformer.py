@@ -123,7 +123,7 @@ class Transformer(nn.Module):
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits [..., V] float32, soft-capped, of the normed last stream."""
     if self.cfg.tied_embeddings:
-      logits = jnp.einsum('...D,VD->...V', x_BTD, self.embedder.table.astype(x_BTD.dtype), preferred_element_type=jnp.float32)
+      logits = layers.contract(x_BTD, self.embedder.table, axes=1, dtype=jnp.float32)
     else:
       logits = self.unembedder(x_BTD)
     return softcap(logits.astype(jnp.float32), self.cfg.final_softcap)

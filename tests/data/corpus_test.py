@@ -215,7 +215,7 @@ def test_a_given_tokenizer_is_used_and_large_vocabularies_take_four_bytes_an_id(
 def test_a_tokenizer_that_changes_the_text_is_refused(tmp_path, built):
   write_texts(tmp_path / 'texts')
   tokenizer = tokenizers.Tokenizer.from_str(built[2].tokenizer.serialized)
-  tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')])
+  tokenizer.normalizer = normalizers.Sequence([normalizers.Replace('o', 'oo'), normalizers.Replace(' ', '\u2581')])
   tokenizer.save(str(tmp_path / 'tokenizer.json'))
   with pytest.raises(ValueError, match='bits per byte would be wrong'):
     corpus.prepare(config(tmp_path, tokenizer=str(tmp_path / 'tokenizer.json')))

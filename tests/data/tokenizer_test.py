@@ -3,12 +3,13 @@
 import json
 import random
 
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from gemma4_jax.data.tokenizer import CONTROL_TOKENS, Tokenizer
+from gemma4_jax.data.tokenizer import CONTROL_TOKENS, GEMMA4_TOKENS, StreamDecoder, Tokenizer
 
 WORDS = 'def return self the window of a layer attends to tokens <bos> <0x41> import numpy as np'.split()
 TEXTS = ['\n    '.join(' '.join(random.Random(i * 100 + j).choices(WORDS, k=9)) for j in range(9)) for i in range(30)]
@@ -42,7 +43,28 @@ def whole_word():
   return Tokenizer(tokenizer.to_str())
 
 
-FAMILIES = {'trained': Tokenizer.train(TEXTS, 350), 'byte-level': byte_level(), 'whole-word': whole_word()}
+def as_hugging_face_writes_it():
+  """The released form with every token that is no plain piece in `added_tokens`, most of them not called special."""
+  spec = json.loads(Tokenizer.stand_in(TEXTS).serialized)
+  text_runs = ['\n' * n for n in range(1, 32)]
+  unused = [name for name in spec['model']['vocab'] if name.startswith('<unused')]
+  named = [token for i, token in GEMMA4_TOKENS.items() if i < 1024]
+  spec['added_tokens'] = [
+      {'id': spec['model']['vocab'][token], 'content': token, 'single_word': False, 'lstrip': False, 'rstrip': False,
+       'normalized': False, 'special': token in CONTROL_TOKENS[:4]}
+      for token in sorted([*named, *unused, *text_runs], key=spec['model']['vocab'].get)]
+  return Tokenizer(json.dumps(spec, ensure_ascii=False))
+
+
+def lossy():
+  tokenizer = tokenizers.Tokenizer.from_str(Tokenizer.stand_in(TEXTS).serialized)
+  tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(' ', '\u2581')])
+  return tokenizer.to_str()
+
+
+FAMILIES = {'trained': Tokenizer.train(TEXTS, 350), 'byte-level': byte_level(), 'whole-word': whole_word(),
+            'stand-in': Tokenizer.stand_in(TEXTS), 'hugging-face': as_hugging_face_writes_it()}
+GEMMA4 = ('stand-in', 'hugging-face')
 
 
 def test_the_first_ids_are_gemmas_control_tokens_and_then_the_bytes():
@@ -53,7 +75,7 @@ def test_the_first_ids_are_gemmas_control_tokens_and_then_the_bytes():
 
 
 @pytest.mark.parametrize('family, bos, eos, pad', [
-    ('trained', 2, 1, 0), ('byte-level', 0, 0, 0), ('whole-word', 258, 257, 256)])
+    ('trained', 2, 1, 0), ('byte-level', 0, 0, 0), ('whole-word', 258, 257, 256), ('stand-in', 2, 1, 0)])
 def test_control_ids_are_found_by_name(family, bos, eos, pad):
   tokenizer = FAMILIES[family]
   assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (bos, eos, pad)
@@ -68,8 +90,8 @@ def random_texts():
 @pytest.mark.parametrize('family', FAMILIES)
 def test_any_text_comes_back_exactly_and_its_bytes_are_counted_exactly(family):
   tokenizer = FAMILIES[family]
-  control = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
-  texts = AWKWARD + random_texts() + TEXTS
+  control = list(tokenizer.special_ids.values())
+  texts = [*tokenizer.special_ids, ''.join(tokenizer.special_ids)] + AWKWARD + random_texts() + TEXTS
   for text, ids in zip(texts, tokenizer.encode_batch(texts)):
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes[ids].sum() == len(text.encode()), repr(text)
@@ -113,6 +135,99 @@ def test_characters_take_at_most_half_of_a_small_vocabulary():
   assert sum(len(token) == 1 for token in vocab) == 20
 
 
+@pytest.mark.parametrize('family', GEMMA4)
+def test_a_stand_in_has_the_released_control_ids(family):
+  ids = FAMILIES[family].special_ids
+  assert {i: token for token, i in ids.items() if not token.startswith('<unused')} == {
+      0: '<pad>', 1: '<eos>', 2: '<bos>', 3: '<unk>', 4: '<mask>', 5: '[multimodal]', 46: '<|tool>', 47: '<tool|>',
+      48: '<|tool_call>', 49: '<tool_call|>', 50: '<|tool_response>', 51: '<tool_response|>', 52: '<|"|>', 98: '<|think|>',
+      100: '<|channel>', 101: '<channel|>', 105: '<|turn>', 106: '<turn|>'}
+  assert [i for token, i in ids.items() if token.startswith('<unused') and i < 107] == [
+      *range(6, 46), *range(53, 98), 99, *range(102, 105)]
+
+
+@pytest.mark.parametrize('family', GEMMA4)
+def test_a_stand_in_has_the_released_byte_and_line_break_ids(family):
+  tokenizer = FAMILIES[family]
+  assert list(tokenizer.encode('\u4e2d')) == [238 + byte for byte in '\u4e2d'.encode()]
+  for n in range(1, 32):
+    assert list(tokenizer.encode('\n' * n)) == [106 + n]
+    assert tokenizer.token_bytes[106 + n] == n
+  assert 109 in tokenizer.encode('a\n\n\nb')
+
+
+def test_a_stand_in_learns_words_and_depends_on_its_texts_alone():
+  assert len(Tokenizer.stand_in(TEXTS).encode(' tokens')) == 1
+  assert Tokenizer.stand_in(TEXTS[::-1]).hash == FAMILIES['stand-in'].hash != Tokenizer.stand_in().hash
+  assert Tokenizer.stand_in().vocab_size == 1024
+
+
+def test_a_stand_in_of_full_size_has_the_media_tokens_and_no_holes():
+  tokenizer = Tokenizer.stand_in(TEXTS, vocab_size=262_144)
+  assert {i: t for t, i in tokenizer.special_ids.items() if i > 1024 and not t.startswith('<unused')} == {
+      255999: '<|image>', 256000: '<|audio>', 258880: '<|image|>', 258881: '<|audio|>', 258882: '<image|>', 258883: '<audio|>',
+      258884: '<|video|>'}
+  assert tokenizer.vocab_size == 262_144 == len(json.loads(tokenizer.serialized)['model']['vocab'])
+
+
+def test_a_stand_in_without_room_for_text_is_refused():
+  with pytest.raises(ValueError, match='vocab_size=300 is too small for a stand-in'):
+    Tokenizer.stand_in(TEXTS, vocab_size=300)
+
+
+@pytest.mark.parametrize('family', GEMMA4)
+def test_plain_text_gets_the_ids_the_tokenizers_library_gives(family):
+  stock = tokenizers.Tokenizer.from_str(FAMILIES[family].serialized)
+  plain = [text.replace('<bos>', '').replace('<0x41>', '') for text in TEXTS]
+  for text in [*plain, ' two  spaces ', '\n\n x\n\n\n', 'naïve 中文', '12345 <a> [b]']:
+    assert list(FAMILIES[family].encode(text)) == stock.encode(text, add_special_tokens=False).ids
+
+
+def test_a_tab_in_the_place_of_its_byte_token_is_read():
+  tokenizer = Tokenizer(FAMILIES['stand-in'].serialized.replace('"<0x09>"', '"\\t"'))
+  assert list(tokenizer.encode('\t<0x09>'))[0] == 238 + 9
+  assert tokenizer.decode(tokenizer.encode('\t<0x09>')) == '\t<0x09>'
+
+
+def test_decoding_can_show_control_tokens():
+  tokenizer = FAMILIES['hugging-face']
+  ids = [2, 105, *tokenizer.encode('user\nhi'), 106, 30]
+  assert tokenizer.decode(ids, control=True) == '<bos><|turn>user\nhi<turn|><unused24>'
+  assert tokenizer.decode(ids) == 'user\nhi'
+
+
+@pytest.mark.parametrize('token_id', [-1, 350])
+def test_an_id_outside_the_vocabulary_is_refused(token_id):
+  with pytest.raises(ValueError, match=f'token id {token_id} is outside the vocabulary of 350'):
+    FAMILIES['trained'].decode([7, token_id])
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.sampled_from(sorted(FAMILIES)), st.booleans())
+def test_streamed_text_is_the_decoded_text(data, family, control):
+  tokenizer = FAMILIES[family]
+  bytes_and_all = st.sampled_from(tokenizer._byte_ids or [0]) | st.integers(0, tokenizer.vocab_size - 1)
+  text = data.draw(st.text(max_size=8))
+  ids = [*data.draw(st.lists(bytes_and_all)), *tokenizer.encode(text), *data.draw(st.lists(bytes_and_all, max_size=3))]
+  stream = tokenizer.stream(control)
+  assert ''.join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids, control)
+  assert ''.join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids, control)
+
+
+def test_a_character_is_streamed_with_the_token_that_completes_it():
+  tokenizer = FAMILIES['stand-in']
+  stream = StreamDecoder(tokenizer)
+  ids = [*tokenizer.encode('the '), *(238 + byte for byte in '\U0001f600'.encode()), 106, *tokenizer.encode('a')]
+  assert [stream.push(i) for i in ids[-6:]] == ['', '', '', '\U0001f600', '', 'a']
+  assert stream.flush() == ''
+
+
+def test_bytes_that_can_become_no_character_are_streamed_at_once():
+  stream = FAMILIES['stand-in'].stream()
+  assert [stream.push(238 + byte) for byte in (0xff, 0xe4, 0xb8, 0x41)] == ['\ufffd', '', '', '\ufffdA']
+  assert [stream.push(238 + 0xe4), stream.flush(), stream.flush()] == ['', '\ufffd', '']
+
+
 def test_a_saved_tokenizer_loads_to_the_same_ids_and_hash(tmp_path):
   path = tmp_path / 'tokenizer.json'
   path.write_text(FAMILIES['trained'].serialized, encoding='utf-8')
@@ -143,6 +258,8 @@ def test_the_size_named_when_the_text_is_too_short_works():
     ('[]', 'not a tokenizer.json'),
     (tokenizers.Tokenizer(models.WordLevel({'<bos>': 0, '<eos>': 1}, '<bos>')).to_str(), 'neither byte fallback nor byte-level'),
     (tokenizers.Tokenizer(models.BPE({'a': 0}, [])).to_str(), 'no token begins or ends a text'),
+    (FAMILIES['stand-in'].serialized.replace('"byte_fallback":true', '"byte_fallback":false'), 'neither byte fallback nor byte-level'),
+    (lossy(), 'text does not come back as it was'),
 ])
 def test_a_file_that_is_no_usable_tokenizer_is_named_in_one_line(content, message, tmp_path):
   path = tmp_path / 'tokenizer.json'
