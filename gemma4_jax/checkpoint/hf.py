@@ -15,6 +15,7 @@ from flax import traverse_util
 import numpy as np
 
 from gemma4_jax import config
+from gemma4_jax.checkpoint import source
 from gemma4_jax.config import ModelConfig
 
 # Hugging Face's name, our path(s), our axes (those in one word are merged in the file), what a model or layer must have.
@@ -57,6 +58,8 @@ _LAYER = (
 
 TEXT_PREFIX = 'model.'                          # of text-only checkpoints
 MULTIMODAL_PREFIX = 'model.language_model.'     # of the released ones
+TOWERS = tuple(f'model.{tower}.' for tower in (
+    'vision_tower', 'audio_tower', 'embed_vision', 'embed_audio', 'vision_embedder'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ def tensors(cfg: ModelConfig, prefix: str = TEXT_PREFIX) -> dict[str, Tensor]:
   Raises:
     ValueError: Hugging Face has no such model.
   """
-  _check_expressible(cfg)
+  check_expressible(cfg)
   has = {'': True, 'ple': cfg.embedding == 'ple', 'moe': cfg.num_experts > 0, 'untied': not cfg.tied_embeddings}
   sizes = {'V': cfg.vocab_size, 'D': cfg.width, 'L': cfg.num_layers, 'P': cfg.ple_dim, 'N': cfg.num_heads,
            'E': cfg.num_experts, 'M': cfg.expert_dim, '1': 1}
@@ -120,16 +123,7 @@ def check(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]], prefix: str =
   Raises:
     ValueError: tensors are unknown, missing or of another shape; one line with names and shapes.
   """
-  wanted, ignored = tensors(cfg, prefix), unused(cfg, prefix)
-  faults = {
-      'unknown': [f'{name} {list(shape)}' for name, shape in shapes.items() if name not in wanted and name not in ignored],
-      'missing': [f'{name} {list(t.shape)}' for name, t in wanted.items() if name not in shapes],
-      'wrong shape': [f'{name} {list(shapes[name])} instead of {list(t.shape)}' for name, t in wanted.items()
-                      if name in shapes and tuple(shapes[name]) != t.shape]}
-  faults = {fault: names for fault, names in faults.items() if names}
-  if faults:
-    raise ValueError('checkpoint does not fit the model: ' + '; '.join(
-        f'{len(names)} {fault}: {_some(names)}' for fault, names in faults.items()))
+  source.compare({name: tensor.shape for name, tensor in tensors(cfg, prefix).items()}, shapes, unused(cfg, prefix))
 
 
 def params_from_hf(cfg: ModelConfig, state: Mapping[str, np.ndarray]) -> dict:
@@ -160,10 +154,6 @@ def _tensor(name, root, paths, axes, sizes):
   if len(paths) > 1:
     theirs[-2] *= len(paths)
   return Tensor(name, tuple(theirs), {root + path: ours for path in paths})
-
-
-def _some(names, most=10):
-  return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
 
 
 # Configs.
@@ -254,7 +244,7 @@ def config_to_hf(cfg: ModelConfig) -> dict:
   Raises:
     ValueError: Hugging Face has no such model; the field is in the message.
   """
-  _check_expressible(cfg)
+  check_expressible(cfg)
   hf = {name: getattr(cfg, field) for field, name, _, _ in _FIELDS}
   kinds = _cfg_kinds(cfg)
   rope = {_KINDS['L']: (cfg.rope_base, cfg.rope_fraction), _KINDS['G']: (cfg.global_rope_base, cfg.global_rope_fraction)}
@@ -270,7 +260,8 @@ def config_to_hf(cfg: ModelConfig) -> dict:
           for kind, (base, fraction) in rope.items()})
 
 
-def _check_expressible(cfg):
+def check_expressible(cfg: ModelConfig) -> None:
+  """Raises ValueError with the field in which `cfg` is a model that no Hugging Face config describes."""
   def refuse(field, why='has no counterpart in Hugging Face models'):
     raise ValueError(f'model.{field}: {getattr(cfg, field)!r} {why}')
 

@@ -1,10 +1,19 @@
-"""Our checkpoints: parameters, optimizer state and the data iterator's place, written in the background, renamed when whole."""
+"""Our checkpoints: of a run, with optimizer state and the data iterator's place, in the background; or parameters alone."""
 
+from collections.abc import Mapping, Sequence
+import contextlib
 from pathlib import Path
 
+from etils import epath
+from flax import traverse_util
 import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
+
+from gemma4_jax import config
+from gemma4_jax.checkpoint import source
+from gemma4_jax.config import ModelConfig
 
 
 class Checkpoints:
@@ -35,8 +44,8 @@ class Checkpoints:
       saved = self._manager.restore(step, args=ocp.args.Composite(
           state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
     except (ValueError, KeyError, OSError, TypeError) as error:
-      first = str(error).strip().split('\n')[0][:300]
-      raise ValueError(f'{folder}: cannot be restored into this run ({first}); remove that folder to go back to the checkpoint before it') from error
+      raise ValueError(f'{folder}: cannot be restored into this run ({_first_line(error)}); '
+                       'remove that folder to go back to the checkpoint before it') from error
     wrong = [f'{jax.tree_util.keystr(path)}: {got.shape} for {want.shape}' for (path, got), want in zip(
         jax.tree_util.tree_leaves_with_path(saved.state), jax.tree.leaves(abstract), strict=True) if got.shape != want.shape]
     if wrong:
@@ -49,3 +58,77 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()
+
+
+# Parameters alone: written for use elsewhere, read array by array.
+
+PARAMS, STATE, CONFIG = 'params', 'state', 'config'   # items: of an export, of a training checkpoint, of both
+
+
+def save_params(folder: Path, cfg: ModelConfig, params: Mapping, dtype: np.dtype | None = None) -> None:
+  """Writes the canonical tree and its config. `params` may be memory-mapped.
+
+  Args:
+    dtype: what all weights are stored as; None: as they are.
+  Raises:
+    OSError: they cannot be written.
+  """
+  params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)   # np.memmap has no handler
+  cast = jax.tree.map(lambda _: ocp.SaveArgs(dtype=dtype), params)
+  items = {PARAMS: ocp.args.PyTreeSave(params, save_args=cast), CONFIG: ocp.args.JsonSave({'model': cfg.to_dict()})}
+  try:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as checkpointer:
+      checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
+  except ValueError as error:   # of TensorStore, also for what the operating system refuses
+    raise OSError(_first_line(error)) from error
+
+
+def read_config(folder: Path) -> ModelConfig:
+  """The model in the config beside saved parameters or training state.
+
+  Raises:
+    ValueError: it cannot be read, or is no config of a model.
+  """
+  file = folder / CONFIG / 'metadata'   # of Orbax's JSON items
+  fields = source.read_json(file).get('model')
+  if not isinstance(fields, dict):
+    raise ValueError(f'{file}: holds no model')
+  source.check_depth(file, fields.get('num_layers'))
+  return config.from_dict(fields)
+
+
+def leaves(folder: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], str]]:
+  """Key -> (shape, dtype) of the arrays in a tree of dicts; nothing is read but its metadata.
+
+  Raises:
+    ValueError: it is no whole tree of arrays.
+  """
+  with _reading(folder) as (handler, where):
+    tree = handler.metadata(where).tree
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {tuple(str(part.key) for part in path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat
+            if all(isinstance(part, jax.tree_util.DictKey) for part in path)}
+
+
+def read(folder: Path, keys: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
+  """Arrays of the tree, in host memory."""
+  def nest(leaf):
+    return traverse_util.unflatten_dict(dict.fromkeys(keys, leaf))
+  with _reading(folder) as (handler, where):
+    tree = handler.restore(where, args=ocp.args.PyTreeRestore(
+        item=nest(0), restore_args=nest(ocp.RestoreArgs(restore_type=np.ndarray)), partial_restore=True))
+    flat = traverse_util.flatten_dict(tree)
+    return [flat[key] for key in keys]
+
+
+@contextlib.contextmanager
+def _reading(folder: Path):
+  try:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+      yield handler, epath.Path(folder.absolute())
+  except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+    raise ValueError(f'{folder}: not a whole Orbax tree ({_first_line(error)})') from error
+
+
+def _first_line(error: Exception) -> str:
+  return str(error).strip().split('\n')[0][:300]
