@@ -92,9 +92,9 @@ def kv_bytes(cfg: ModelConfig, context: int, unified: bool = False) -> int:
 
   Args:
     unified: a layer with K=V stores V and the rotated channels of K. The other channels of K are V times the key norm's
-      weight. Not with a value-embedding arm, which changes V alone, nor where V is normed and K is not.
+      weight. Not with a value-embedding arm, which changes V alone, nor where one of K and V alone is normed.
   """
-  split = cfg.v_norm and not cfg.qk_norm
+  split = cfg.v_norm != cfg.qk_norm
 
   def elements(spec: LayerSpec) -> int:
     if unified and spec.k_eq_v and spec.inject != VALUE and not split:
@@ -140,7 +140,7 @@ def _visited(cfg: ModelConfig, experts: int) -> int:
 def _table(cfg: ModelConfig) -> int:
   """Numbers in the token tables of the embedding arm."""
   if cfg.embedding == 'bigram':
-    return (cfg.bigram_buckets or cfg.vocab_size) * cfg.width
+    return cfg.bigram_rows * cfg.width
   if cfg.embedding in ('none', 'projection_only'):
     return 0
   return cfg.vocab_size * (cfg.ple_dim if cfg.embedding == 'shared_table' else sum(spec.inject_dim for spec in cfg.layers))

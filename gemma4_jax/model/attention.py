@@ -1,6 +1,7 @@
 """Attention: local and global layers, K/V shared between layers, and keys that double as values."""
 
 from functools import partial
+from typing import Any
 
 from flax import linen as nn
 from flax import struct
@@ -44,50 +45,74 @@ class FreshKV:
 
   def attend(self, q_BTNH: jax.Array, stream: Stream, window: int | None, scale: float) -> jax.Array:
     """Returns the attention output [B, T, N, H] of queries that are the same tokens as the keys."""
-    q_BTKGH = q_BTNH.reshape(*q_BTNH.shape[:2], self.k_BSKH.shape[2], -1, q_BTNH.shape[-1])
+    k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (self.k_BSKH, self.v_BSKH))
     pos, seg = stream.pos_BT, stream.seg_BT
     if window is None or q_BTNH.shape[1] <= window:
-      out = _attend(q_BTKGH, self.k_BSKH, self.v_BSKH, pos, seg, pos, seg, window, scale)
-    else:
-      out = _attend_blocked(q_BTKGH, self.k_BSKH, self.v_BSKH, pos, seg, window, scale)
-    return out.reshape(q_BTNH.shape)
+      return attend(q_BTNH, k_BKSH, v_BKSH, see(stream, pos, seg, window), scale)
+    return attend_blocked(q_BTNH, k_BKSH, v_BKSH, stream, window, scale)
 
 
-def _attend(q_BTKGH, k_BSKH, v_BSKH, qpos_BT, qseg_BT, kpos_BS, kseg_BS, window, scale):
-  """Two batched matmuls of matrices: the queries of a K/V head are the rows, for `layers.contract`'s reason."""
-  B, T, K, G, H = q_BTKGH.shape
-  rows = lambda x: x.swapaxes(1, 2).reshape(B * K, -1, H)   # a copy only where K > 1
-  logits_BKTGS = jax.lax.dot_general(rows(q_BTKGH * scale), rows(k_BSKH), (((2,), (2,)), ((0,), (0,))),
-                                     preferred_element_type=jnp.float32).reshape(B, K, T, G, -1)
-  ahead_BTS = qpos_BT[:, :, None] - kpos_BS[:, None, :]
-  seen_BTS = (ahead_BTS >= 0) & (qseg_BT[:, :, None] == kseg_BS[:, None, :]) & (kseg_BS[:, None, :] > 0)
-  if window is not None:
-    seen_BTS &= ahead_BTS < window
-  logits_BKTGS = jnp.where(seen_BTS[:, None, :, None], logits_BKTGS, MASKED)
+def see(stream: Stream, kpos_BS: jax.Array, kseg_BS: jax.Array, window: int | None) -> jax.Array:
+  """bool [B, T, S]: whether a query of `stream` sees a key: of its document, not after it, within the window."""
+  ahead_BTS = stream.pos_BT[:, :, None] - kpos_BS[:, None, :]
+  seen_BTS = (ahead_BTS >= 0) & (stream.seg_BT[:, :, None] == kseg_BS[:, None, :]) & (kseg_BS[:, None, :] > 0)
+  return seen_BTS if window is None else seen_BTS & (ahead_BTS < window)
+
+
+def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array, scale: float) -> jax.Array:
+  """softmax(scale q k) v, [B, T, N, H]; the softmax is float32."""
+  return mix(scores(q_BTNH, k_BKSH, scale), v_BKSH, seen_BTS, q_BTNH.shape)
+
+
+def scores(q_BTNH: jax.Array, k_BKSH: jax.Array, scale: float) -> jax.Array:
+  """scale q k, float32 [B, K, T * G, S]: the queries of a K/V head are the rows of one matmul, for `layers.contract`'s reason."""
+  B, T, N, H = q_BTNH.shape
+  K = k_BKSH.shape[1]
+  q_BKRH = (q_BTNH * scale).reshape(B, T, K, N // K, H).swapaxes(1, 2).reshape(B, K, -1, H)   # a copy only where K > 1
+  return jax.lax.dot_general(q_BKRH, k_BKSH, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+
+
+def mix(logits_BKRS: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """The softmax over what is seen, times the values; `shape` is that of the queries and the result, [B, T, N, H]."""
+  B, T, N, H = shape
+  K = v_BKSH.shape[1]
+  logits_BKTGS = jnp.where(seen_BTS[:, None, :, None], logits_BKRS.reshape(B, K, T, N // K, -1), MASKED)
   # Softmax, divided by its sum after the values are summed and not before: one pass less over the scores, each way.
   weights_BKTGS = jnp.exp(logits_BKTGS - jax.lax.stop_gradient(logits_BKTGS.max(-1, keepdims=True)))
-  out = jax.lax.dot_general(weights_BKTGS.astype(v_BSKH.dtype).reshape(B * K, T * G, -1), rows(v_BSKH),
-                            (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
-  out_BKTGH = out.reshape(B, K, T, G, H) / weights_BKTGS.sum(-1, keepdims=True)
-  return out_BKTGH.astype(v_BSKH.dtype).swapaxes(1, 2)
+  out_BKRH = jax.lax.dot_general(weights_BKTGS.astype(v_BKSH.dtype).reshape(logits_BKRS.shape), v_BKSH,
+                                 (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  out_BKTGH = out_BKRH.reshape(B, K, T, N // K, H) / weights_BKTGS.sum(-1, keepdims=True)
+  return out_BKTGH.astype(v_BKSH.dtype).swapaxes(1, 2).reshape(shape)
 
 
-def _attend_blocked(q_BTKGH, k_BSKH, v_BSKH, pos_BT, seg_BT, window, scale):
-  """A block of `window` queries needs its own keys and those of the block before: T x 2W scores instead of T x T."""
-  B, T = pos_BT.shape
+@struct.dataclass
+class Before:
+  """The last window of tokens before those of a stream, in their order; segment 0 where there were none."""
+  k_BKWH: jax.Array
+  v_BKWH: jax.Array
+  pos_BW: jax.Array
+  seg_BW: jax.Array
+
+
+def attend_blocked(q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, stream: Stream, window: int, scale: float,
+                   before: Before | None = None) -> jax.Array:
+  """As `attend` of queries and keys that are the same tokens. A block of `window` queries needs its own keys and those of the
+  block before: T x 2W scores instead of T x T."""
+  B, T = stream.pos_BT.shape
   n = -(-T // window)
 
-  def blocks(x):   # [B, T, ...] -> [B * n, W, ...], padded with segment 0
-    x = jnp.pad(x, [(0, 0), (0, n * window - T)] + [(0, 0)] * (x.ndim - 2))
-    return x.reshape(B * n, window, *x.shape[2:])
+  def blocks(x, axis, first=None):   # T -> [n, W] at the front, padded with segment 0; with `first`, each after its predecessor
+    x = jnp.moveaxis(x, axis, 1)
+    x = jnp.pad(x, [(0, 0), (0, n * window - T)] + [(0, 0)] * (x.ndim - 2)).reshape(B, n, window, *x.shape[2:])
+    if first is not None:
+      first = jnp.zeros_like(x[:, 0]) if first is ... else jnp.moveaxis(first, axis, 1)
+      x = jnp.concatenate([jnp.concatenate([first[:, None], x[:, :-1]], axis=1), x], axis=2)
+    return jnp.moveaxis(x.reshape(B * n, *x.shape[2:]), 1, axis)
 
-  def with_previous(x):   # [B, T, ...] -> [B * n, 2W, ...]
-    x = blocks(x).reshape(B, n, window, *x.shape[2:])
-    before = jnp.pad(x, [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))[:, :-1]
-    return jnp.concatenate([before, x], axis=2).reshape(B * n, 2 * window, *x.shape[3:])
-
-  out = _attend(blocks(q_BTKGH), with_previous(k_BSKH), with_previous(v_BSKH), blocks(pos_BT), blocks(seg_BT),
-                with_previous(pos_BT), with_previous(seg_BT), window, scale)
+  of = lambda name: ... if before is None else getattr(before, name)
+  local = stream.replace(pos_BT=blocks(stream.pos_BT, 1), seg_BT=blocks(stream.seg_BT, 1))
+  seen = see(local, blocks(stream.pos_BT, 1, of('pos_BW')), blocks(stream.seg_BT, 1, of('seg_BW')), window)
+  out = attend(blocks(q_BTNH, 1), blocks(k_BKTH, 2, of('k_BKWH')), blocks(v_BKTH, 2, of('v_BKWH')), seen, scale)
   return out.reshape(B, n * window, *out.shape[2:])[:, :T]
 
 
@@ -102,12 +127,12 @@ class Attention(nn.Module):
   spec: LayerSpec
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, stream: Stream, kv: FreshKV | None = None, value_BTKH: jax.Array | None = None,
-               ) -> tuple[jax.Array, FreshKV]:
-    """Returns (attention output [B, T, D], the K/V it read).
+  def __call__(self, x_BTD: jax.Array, stream: Stream, kv=None, value_BTKH: jax.Array | None = None) -> tuple[jax.Array, Any]:
+    """Returns (attention output [B, T, D], the K/V it read: something with `attend`).
 
     Args:
-      kv: the donor's, for a layer that borrows; None for one that makes its own.
+      kv: what the donor read, for a layer that borrows; for one that makes its own, its cache (`kv_cache`), something with
+        `append`, or None, to read the fresh ones alone.
       value_BTKH: [B, T, K * H] added to the values, each side with a learned weight (the value-embedding arm).
     """
     cfg, spec = self.cfg, self.spec
@@ -121,11 +146,15 @@ class Attention(nn.Module):
       into_kv = partial(project, 'BTD,KHD->BTKH', (K, H, D), ('kv_heads', 'head_dim', 'embed'), D)
       k_BTKH = into_kv(name='k')(x_BTD)
       v_BTKH = k_BTKH if spec.k_eq_v else into_kv(name='v')(x_BTD)
-      k_BTKH = layers.rope(layers.RMSNorm(cfg, name='k_norm')(k_BTKH) if cfg.qk_norm else k_BTKH, angles)
+      k_norm = layers.RMSNorm(cfg, name='k_norm') if cfg.qk_norm else None
+      k_BTKH = layers.rope(k_norm(k_BTKH) if k_norm else k_BTKH, angles)
       v_BTKH = layers.RMSNorm(cfg, scale=False)(v_BTKH) if cfg.v_norm else v_BTKH
       if spec.inject == VALUE:
         mix_2 = layers.declare(self, 'value_mix', layers.constant(0.5), (2,), ('norm',)).astype(v_BTKH.dtype)
         v_BTKH = mix_2[0] * v_BTKH + mix_2[1] * value_BTKH.reshape(v_BTKH.shape)
-      kv = FreshKV(k_BTKH, v_BTKH)
+      if kv is None:
+        kv = FreshKV(k_BTKH, v_BTKH)
+      else:
+        kv = kv.append(k_BTKH, v_BTKH, stream, k_norm.variables['params']['scale'] if k_norm else None)
     out_BTNH = kv.attend(q_BTNH, stream, spec.window, cfg.attention_scale)
     return project('BTNH,DNH->BTD', (D, N, H), ('embed', 'heads', 'head_dim'), N * H, name='o')(out_BTNH), kv

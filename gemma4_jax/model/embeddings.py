@@ -100,16 +100,11 @@ class Bigram(nn.Module):
   @nn.compact
   def __call__(self, ids_BT: jax.Array, prev_BT: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, PerLayer]:
     cfg, D = self.cfg, x_BTD.shape[-1]
-    rows = bigram_rows(cfg)
     # two odd multipliers of 32 bits and a fold of the high half, which mixes better than the low bits
     mixed = prev_BT.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + ids_BT.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
-    bucket_BT = ((mixed ^ (mixed >> 15)) % jnp.uint32(rows)).astype(jnp.int32)
-    table = layers.Embed(cfg, (rows, D), ('vocab', 'embed'), D**-0.5, name='lookup')
+    bucket_BT = ((mixed ^ (mixed >> 15)) % jnp.uint32(cfg.bigram_rows)).astype(jnp.int32)
+    table = layers.Embed(cfg, (cfg.bigram_rows, D), ('vocab', 'embed'), D**-0.5, name='lookup')
     return x_BTD + table(bucket_BT) * D**0.5, (None,) * cfg.num_layers
-
-
-def bigram_rows(cfg: ModelConfig) -> int:
-  return cfg.bigram_buckets or cfg.vocab_size
 
 
 def make(cfg: ModelConfig, name: str) -> nn.Module:

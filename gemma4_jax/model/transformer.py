@@ -1,15 +1,14 @@
 """The text decoder: embed, blocks one by one or scanned over periods, head."""
 
 from functools import partial
+from typing import Any
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
 from gemma4_jax.config import GATE, UNGATED, UP, VALUE, LayerSpec, ModelConfig
-from gemma4_jax.model import attention, embeddings, layers, moe
-
-KV = tuple[attention.FreshKV, ...]
+from gemma4_jax.model import attention, embeddings, kv_cache, layers, moe
 
 
 class Block(nn.Module):
@@ -18,12 +17,11 @@ class Block(nn.Module):
   spec: LayerSpec
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, stream: attention.Stream, kv: attention.FreshKV | None, vector: jax.Array | None,
-               ) -> tuple[jax.Array, attention.FreshKV]:
+  def __call__(self, x_BTD: jax.Array, stream: attention.Stream, kv: Any, vector: jax.Array | None) -> tuple[jax.Array, Any]:
     """Returns (x, the K/V this layer read).
 
     Args:
-      kv: the donor's, where the spec says so.
+      kv: as `attention.Attention` takes it.
       vector: [B, T, inject_dim] of the embedding arm, where the spec says so.
     """
     cfg, spec = self.cfg, self.spec
@@ -95,7 +93,7 @@ class Transformer(nn.Module):
       self.unembedder = layers.Einsum(cfg, '...D,VD->...V', (cfg.vocab_size, D), ('vocab', 'embed'), D)
 
   def __call__(self, ids_BT: jax.Array, pos_BT: jax.Array | None = None, seg_BT: jax.Array | None = None, *, head: bool = True,
-               ) -> tuple[jax.Array, dict[str, jax.Array]]:
+               cache: kv_cache.Cache | None = None, last_only: bool = False) -> tuple[jax.Array, dict[str, Any]]:
     """Returns (logits [B, T, V] float32, out).
 
     Args:
@@ -103,19 +101,37 @@ class Transformer(nn.Module):
       pos_BT: int32 positions within the document; None: 0..T-1.
       seg_BT: int32 document of each token, 0 for padding; None: one document.
       head: False returns the normed last stream [B, T, D] in place of the logits, for a loss that chunks the head.
-    `out` holds named intermediates: 'embedded' and 'final', each [B, T, D].
+      cache: what the rows hold already; the tokens follow on it, so `pos_BT` is not given, and `seg_BT` is 1, or 0 for padding
+        behind them. The caller sees to it that they fit.
+      last_only: logits [B, 1, V] of each row's last token alone. Layers that borrow K/V, which no later token reads, then run
+        for that token alone.
+    `out` holds named intermediates: 'embedded' and 'final', each [B, T, D], and with a cache 'cache', the one to go on with.
     """
     cfg = self.cfg
-    pos_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1], dtype=jnp.int32), ids_BT.shape) if pos_BT is None else pos_BT
     seg_BT = jnp.ones_like(ids_BT) if seg_BT is None else seg_BT
+    if pos_BT is None:
+      start_B = jnp.zeros(ids_BT.shape[:1], jnp.int32) if cache is None else cache.length_B
+      pos_BT = start_B[:, None] + jnp.arange(ids_BT.shape[1], dtype=jnp.int32)
     known_BT = jnp.where((ids_BT >= 0) & (ids_BT < cfg.vocab_size), ids_BT, 0)
-    prev_BT = jnp.where(pos_BT > 0, jnp.pad(known_BT, ((0, 0), (1, 0)))[:, :-1], 0)
+    first_B = jnp.zeros_like(known_BT[:, 0]) if cache is None else cache.last_B
+    prev_BT = jnp.where(pos_BT > 0, jnp.concatenate([first_B[:, None], known_BT[:, :-1]], axis=1), 0)
     stream = attention.Stream.make(cfg, pos_BT, seg_BT)
+    last_B = jnp.maximum((seg_BT > 0).sum(1) - 1, 0) if last_only else None
 
     scale = jnp.asarray(cfg.width**0.5, cfg.dtype)   # rounded to the compute dtype first, as released
     x_BTD, vectors = self.arm(known_BT, prev_BT, self.embedder(known_BT) * scale)
     out = {'embedded': x_BTD}
-    x_BTD = (self._scan_groups if cfg.scan else self._run_layers)(x_BTD, stream, vectors)
+    if cfg.scan:
+      if cache is not None or last_only:
+        raise ValueError('model.scan: caches are for layers one by one: use cfg.replace(scan=False) and `unstack`')
+      x_BTD = self._scan_groups(x_BTD, stream, vectors)
+    else:
+      x_BTD, made = self._run_layers(x_BTD, stream, vectors, cache, last_B)
+    if cache is not None:
+      count_B = (seg_BT > 0).sum(1, dtype=jnp.int32)
+      out['cache'] = kv_cache.Cache(
+          cache.length_B + count_B, jnp.where(count_B > 0, _at(known_BT, jnp.maximum(count_B - 1, 0))[:, 0], cache.last_B),
+          {i: made[i].cache for i in cache.layers})
     x_BTD = self.final_norm(x_BTD)
     out['final'] = x_BTD
     return (self.head(x_BTD) if head else x_BTD), out
@@ -128,13 +144,18 @@ class Transformer(nn.Module):
       logits = self.unembedder(x_BTD)
     return softcap(logits.astype(jnp.float32), self.cfg.final_softcap)
 
-  def _run_layers(self, x_BTD, stream, vectors):
-    made: list[attention.FreshKV] = []
-    for block, spec, vector in zip(self.layer, self.cfg.layers, vectors, strict=True):
-      lent = None if spec.kv_from is None else made[spec.kv_from]
-      x_BTD, kv = block(x_BTD, stream, lent, vector)
+  def _run_layers(self, x_BTD, stream, vectors, cache=None, last_B=None):
+    cfg, made = self.cfg, []
+    owners = cfg.num_layers - cfg.num_kv_shared_layers
+    for i, (block, spec, vector) in enumerate(zip(self.layer, cfg.layers, vectors, strict=True)):
+      if last_B is not None and i == owners:
+        x_BTD, stream = _at(x_BTD, last_B), jax.tree.map(lambda x: _at(x, last_B), stream)
+      if last_B is not None and i >= owners and vector is not None:
+        vector = _at(vector, last_B)
+      kv = made[spec.kv_from] if spec.kv_from is not None else None if cache is None else cache.layers[i]
+      x_BTD, kv = block(x_BTD, stream, kv, vector)
       made.append(kv)
-    return x_BTD
+    return (_at(x_BTD, last_B) if last_B is not None and owners == cfg.num_layers else x_BTD), made
 
   def _scanned(self, group, name):
     """One body for all repeats; K/V that a later group borrows leave with the carry of the last repeat."""
@@ -158,6 +179,11 @@ class Transformer(nn.Module):
   def _empty_kv(self, x_BTD, spec):
     zeros = jnp.zeros((*x_BTD.shape[:2], spec.num_kv_heads, spec.head_dim), x_BTD.dtype)
     return attention.FreshKV(zeros, zeros)
+
+
+def _at(x_BT: jax.Array, t_B: jax.Array) -> jax.Array:
+  """Row b's token t_B[b]: [B, 1, ...] of [B, T, ...]."""
+  return jnp.take_along_axis(x_BT, t_B.reshape(-1, *[1] * (x_BT.ndim - 1)), axis=1)
 
 
 def softcap(logits: jax.Array, cap: float) -> jax.Array:

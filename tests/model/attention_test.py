@@ -64,11 +64,10 @@ def test_attention_equals_a_loop_over_queries_with_documents_and_padding(T, wind
 @pytest.mark.parametrize('T', [5, 8, 11])
 def test_blocked_attention_equals_the_plain_one(T):
   rng = np.random.RandomState(0)
-  q = rng.standard_normal((2, T, 2, 3, 8)).astype(np.float32)
-  k, v = rng.standard_normal((2, 2, T, 2, 8)).astype(np.float32)
-  pos, seg = np.tile(np.arange(T, dtype=np.int32), (2, 1)), np.ones((2, T), np.int32)
-  plain = attention._attend(q, k, v, pos, seg, pos, seg, 4, 1.0)
-  np.testing.assert_allclose(attention._attend_blocked(q, k, v, pos, seg, 4, 1.0), plain, atol=1e-6)
+  q, k, v = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((2, T, 6, 8), (2, 2, T, 8), (2, 2, T, 8)))
+  stream = attention.Stream(jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32), {})
+  plain = attention.attend(q, k, v, attention.see(stream, stream.pos_BT, stream.seg_BT, 4), 1.0)
+  np.testing.assert_allclose(attention.attend_blocked(q, k, v, stream, 4, 1.0), plain, atol=1e-6)
 
 
 def test_borrowing_layers_have_no_weights_for_keys_and_values():
