@@ -15,6 +15,7 @@ setuptools.setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=setuptools.find_packages(include=['gemma4_jax', 'gemma4_jax.*']),
+    package_data={'gemma4_jax.native': ['*.cc']},
     python_requires='>=3.11',
     install_requires=[
         'jax>=0.10.0', 'flax>=0.12.8', 'optax>=0.2.8', 'orbax-checkpoint>=0.12.8', 'numpy>=2.0', 'ml-collections>=1.1',

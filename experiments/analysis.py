@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import manifest, statistics
-from gemma4_jax import config as model_config, metrics
+from gemma4_jax import config as model_config, config_file, metrics
 
 # Last part of a metric's name -> whether less of it is better. A primary metric must be one of them.
 _LOWER_IS_BETTER = {
@@ -92,7 +92,7 @@ def _state_of_finished(point, result, finished, folder) -> tuple[str, str]:
 def why_unpaired(a: Run, b: Run) -> list[str]:
   """The fields that forbid a comparison of two runs, with both values."""
   def fields(run):
-    flat = manifest.flatten(run.point.config)
+    flat = config_file.flatten(run.point.config)
     chosen = {k: v for k, v in flat.items() if k in _PAIRED_CONFIG or (k.startswith('data.') and k not in _UNPAIRED_DATA)}
     return chosen | {k: run.env.get(k) for k in _PAIRED_ENV}
   x, y = fields(a), fields(b)
@@ -150,7 +150,7 @@ def analyse(runs: Sequence[Run], baseline: str = '') -> dict:
         'comparisons': _family(arms, [(arm, first) for arm in arms if arm != first], names, lower),
         'matched': _family(arms, [(m['treatment'], arm) for arm, m in matches.items() if m['treatment'] in arms], names, lower)})
   told = [{'name': r.point.name, 'folder': r.point.folder, 'group': r.point.group, 'arm': r.point.arm, 'seed': r.point.seed,
-           'state': r.state, 'reason': r.reason} for r in runs]
+           'state': r.state, 'reason': r.reason, 'metrics': r.metrics, **{k: r.env.get(k) for k in _PAIRED_ENV}} for r in runs]
   return {'primary_metric': primary, 'lower_is_better': lower, 'metrics': names, 'groups': groups, 'runs': told,
           'environment': _environment(runs), 'notes': _notes(runs, groups, primary)}
 
@@ -232,4 +232,4 @@ def _read_json(path: pathlib.Path) -> dict:
   except (FileNotFoundError, NotADirectoryError):
     return {}
   except ValueError as e:
-    raise manifest.Error(f'{path}: no JSON ({manifest.one_line(e)})') from e
+    raise manifest.Error(f'{path}: no JSON ({config_file.one_line(e)})') from e

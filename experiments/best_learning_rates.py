@@ -6,11 +6,11 @@ Best is the lowest primary metric. An arm whose best rate is the least or the gr
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
 from experiments import manifest
+from gemma4_jax import metrics
 
 
 def best(workdir: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -45,7 +45,7 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   try:
     rates, ends = best(args.workdir)
-    manifest.write_text(args.out, json.dumps(rates, indent=2) + '\n')
+    metrics.write_json(args.out, rates)
   except (manifest.Error, OSError) as error:
     sys.exit(f'error: {error}')
   for end in ends:

@@ -13,11 +13,9 @@ from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
 import fcntl
-import glob
 import multiprocessing
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +23,7 @@ import tempfile
 import time
 import traceback
 
-from absl import app, flags
+from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 import rich.console
@@ -33,6 +31,7 @@ import rich.table
 import rich.text
 
 from experiments import manifest, progress
+from gemma4_jax import config_file, hardware, metrics
 
 _BUSY = 75                # exit status of a child whose point another process is running (EX_TEMPFAIL)
 _GRACE = 20.0             # seconds between SIGTERM and SIGKILL
@@ -40,7 +39,7 @@ _GRACE = 20.0             # seconds between SIGTERM and SIGKILL
 
 def plan(config_flag: str, config: ml_collections.ConfigDict, fixed: Sequence[str] = ()) -> list[manifest.Point]:
   """Expands the sweep of the config file `path.py:arg` over `config`; `fixed`: fields that the command line set."""
-  module, arg = manifest.load(config_flag)
+  module, arg = config_file.load(config_flag)
   return manifest.expand(config, manifest.get_sweep(module, arg), manifest.get_metrics(module), fixed)
 
 
@@ -80,7 +79,7 @@ def _refused(points: Sequence[manifest.Point]) -> str:
     try:
       trainer.check(ml_collections.ConfigDict(point.config))
     except ValueError as e:
-      return f'point {point.index} ({point.label}): {manifest.one_line(e)}'
+      return f'point {point.index} ({point.label}): {config_file.one_line(e)}'
   return ''
 
 
@@ -103,13 +102,16 @@ def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None
       if run is None:
         from gemma4_jax.training import trainer  # imports jax, which reads the environment
         run = trainer.run
+        logging.set_verbosity(logging.INFO)
+        trainer.quiet_orbax()
       run(ml_collections.ConfigDict(point.config), folder)
       if manifest.done(point, workdir) is None:
         raise RuntimeError('the run ended without a DONE file')
     except Exception as e:
-      if not (folder / 'ERROR').exists():
-        manifest.write_text(folder / 'ERROR', f'{type(e).__name__}: {manifest.one_line(e)}\n\n{traceback.format_exc()}')
-      print(f'{point.name} failed: {manifest.failure(point, workdir)} (traceback in {folder / "ERROR"})', file=sys.stderr)
+      said = f'{type(e).__name__}: {config_file.one_line(e)}'
+      with contextlib.suppress(OSError):   # where the disk is full
+        metrics.write_text(folder / 'ERROR', f'{said}\n\n{traceback.format_exc()}')
+      print(f'{point.name} failed: {said} (traceback in {folder / "ERROR"})', file=sys.stderr)
       return 1
   return 0
 
@@ -182,7 +184,7 @@ def run_sweep(points: Sequence[manifest.Point], workdir: pathlib.Path, *, jobs: 
 def _start(point: manifest.Point, workdir: pathlib.Path, slot: int, jobs: int, command: Callable) -> subprocess.Popen:
   folder = workdir / point.folder
   folder.mkdir(parents=True, exist_ok=True)
-  environment = dict(os.environ)
+  environment = {**os.environ, **hardware.cpu_environment()}
   if jobs > 1:
     environment.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')   # else the first child takes most of an accelerator
   with (folder / 'log.txt').open('ab') as log:
@@ -230,22 +232,18 @@ def _is_locked(folder: pathlib.Path) -> bool:
 
 def _auto_jobs() -> int:
   """One on a machine with an accelerator; else two, a half of the cores each, if there are two cores."""
-  platforms = os.environ.get('JAX_PLATFORMS', '')
-  nodes = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
-  if platforms.split(',')[0] != 'cpu' if platforms else any(glob.glob(node) for node in nodes):
-    return 1
-  return min(2, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+  return 1 if hardware.has_accelerator() else min(2, hardware.cores())
 
 
 def _prepare_data(points: Sequence[manifest.Point], console: rich.console.Console) -> None:
   """Builds every corpus and tokenizer once, so that the children find them made."""
   from gemma4_jax.data import corpus
   for data in {manifest.canonical(p.config['data']): p.config['data'] for p in points}.values():
-    console.print(f'data: {data["source"]} {data["path"]}'.rstrip(), markup=False, highlight=False)
+    console.print(f'data: {data["source"]} {data["path"]}'.rstrip(), markup=False, highlight=False, soft_wrap=True)
     try:
       made = corpus.prepare(ml_collections.ConfigDict(data))
     except (ImportError, OSError, ValueError) as e:
-      raise manifest.Error(manifest.one_line(e)) from e
+      raise manifest.Error(config_file.one_line(e)) from e
     for split, domains in made.statistics.items():
       said = ', '.join(f'{domain} {n["bytes"] / 1e6:.1f} MB' for domain, n in domains.items())
       console.print(f'  {split}: {said}', markup=False, highlight=False)
@@ -253,7 +251,7 @@ def _prepare_data(points: Sequence[manifest.Point], console: rich.console.Consol
 
 def _show_plan(points: Sequence[manifest.Point], workdir: pathlib.Path, console: rich.console.Console) -> None:
   done = {p.folder for p in points if manifest.done(p, workdir) is not None}
-  console.print(f'{workdir}: {len(points)} points, {len(done)} done', markup=False, highlight=False)
+  console.print(f'{workdir}: {len(points)} points, {len(done)} done', markup=False, highlight=False, soft_wrap=True)
   table = rich.table.Table(box=None)
   for column in ('arm', 'seeds', 'done', 'sets'):
     table.add_column(column, overflow='fold')
@@ -264,7 +262,7 @@ def _show_plan(points: Sequence[manifest.Point], workdir: pathlib.Path, console:
     table.add_row(*map(rich.text.Text, cells))
   console.print(table)
   for point in {(p.group, p.arm): p for p in points if p.match}.values():
-    console.print(manifest.tell_match(point), markup=False, highlight=False)
+    console.print(manifest.tell_match(point), markup=False, highlight=False, soft_wrap=True)
   for a, b in manifest.twins(points):
     console.print(f'{a} and {b} have the same config: an A/A comparison.', markup=False, highlight=False)
 
@@ -280,32 +278,6 @@ def _define_flags() -> None:
   flags.DEFINE_multi_string('only', [], 'Run this arm alone, now; repeat it for more. The others stay in the manifest.')
   flags.DEFINE_boolean('plan', False, 'Write the manifest, show the points and stop.')
   flags.DEFINE_boolean('report', True, 'Report at the end.')
-
-
-def _parse(argv: list[str]) -> list[str]:
-  try:
-    return flags.FLAGS(argv)
-  except Exception as e:  # a mistyped field, path, value or flag: ml_collections raises many kinds
-    try:
-      _explain(argv)
-      raise manifest.Error(manifest.one_line(e)) from e
-    except manifest.Error as explained:
-      print(f'error: {explained}', file=sys.stderr)
-      sys.exit(2)
-
-
-def _explain(argv: Sequence[str]) -> None:
-  """Raises manifest.Error if the config file, or a field set on the command line, is what cannot be read."""
-  given = [(m.group(2), i) for i, arg in enumerate(argv) if (m := re.fullmatch(r'--?config(=(.*))?', arg))]
-  fields = [m.group(1) for arg in argv if (m := re.match(r'--?(?:no)?config\.([^=]+)', arg))]
-  if not given:
-    if fields:
-      raise manifest.Error(f'--config.{fields[0]}: needs --config=FILE before it')
-    return
-  value, i = given[-1]
-  config = manifest.get_config(*manifest.load(argv[i + 1] if value is None and i + 1 < len(argv) else value or ''))
-  for field in fields:
-    manifest.check_field(config, field, prefix='--config.')
 
 
 def _launch(argv: Sequence[str]) -> int:
@@ -359,7 +331,7 @@ def main(argv: Sequence[str]) -> int:
   try:
     return _launch(argv)
   except (manifest.Error, OSError) as e:
-    print(f'error: {manifest.one_line(e)}', file=sys.stderr)
+    print(f'error: {config_file.one_line(e)}', file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print(f'stopped; to go on: python -m experiments.launch --workdir={flags.FLAGS.workdir}', file=sys.stderr)
@@ -368,4 +340,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   _define_flags()
-  app.run(main, flags_parser=_parse)
+  app.run(main, flags_parser=config_file.parse)

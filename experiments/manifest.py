@@ -7,27 +7,21 @@ A config file holds `get_config(arg)`, and may hold `sweep(add)` (or `sweep(add,
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
-import os
 import pathlib
 import signal
-import traceback
 
 import ml_collections
 
-from gemma4_jax import config as model_config, match
+from gemma4_jax import config as model_config, match, metrics as metrics_lib
+from gemma4_jax.config_file import Error, call, check_field, flatten, one_line
 
 FILE = 'manifest.jsonl'
 LABELS = ('seed', 'arm', 'group')     # fields that name a point; the others make it
 
 # Fields of a model that say how it is computed, not what: equal logits are what one expects of them.
 _IMPLEMENTATION = ('moe_implementation', 'remat', 'scan')
-
-
-class Error(ValueError):
-  """The user's to mend: its text is one line that names the field or file, and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +46,6 @@ class Point:
     return f'{self.label} s{self.seed}'
 
 
-def load(config_flag: str):
-  """Loads `path/to/file.py:arg` and returns its module and arg (None without a colon)."""
-  path, colon, arg = config_flag.partition(':')
-  if not pathlib.Path(path).is_file():
-    folders = dict.fromkeys([pathlib.Path(path).parent, pathlib.Path('configs')])
-    near = sorted(str(p) for folder in folders for p in folder.glob('[!_]*.py'))
-    raise Error(f'--config={config_flag}: no such file' + (f'; did you mean {model_config.nearest(path, near)}?' if near else ''))
-  spec = importlib.util.spec_from_file_location('launched_config', path)
-  module = importlib.util.module_from_spec(spec)
-  _call(path, lambda: spec.loader.exec_module(module))
-  if not hasattr(module, 'get_config'):
-    raise Error(f'--config={config_flag}: {path} defines no get_config()')
-  return module, (arg if colon else None)
-
-
-def get_config(module, arg: str | None) -> ml_collections.ConfigDict:
-  return _call(module.__file__, lambda: module.get_config() if arg is None else module.get_config(arg))
-
-
 def get_sweep(module, arg: str | None) -> list[dict]:
   """The overrides of every point; one empty dict if the file has no sweep."""
   if not hasattr(module, 'sweep'):
@@ -78,21 +53,14 @@ def get_sweep(module, arg: str | None) -> list[dict]:
   points = []
   add = lambda overrides: points.append(dict(overrides))
   takes_arg = len(inspect.signature(module.sweep).parameters) > 1 and arg is not None
-  _call(module.__file__, lambda: module.sweep(add, arg) if takes_arg else module.sweep(add))
+  call(module.__file__, lambda: module.sweep(add, arg) if takes_arg else module.sweep(add))
   if not points:
     raise Error(f'{module.__file__}: sweep() added no point')
   return points
 
 
 def get_metrics(module) -> list[str]:
-  return list(_call(module.__file__, module.metrics)) if hasattr(module, 'metrics') else []
-
-
-def check_field(config: ml_collections.ConfigDict, path: str, where: str = '', prefix: str = '') -> None:
-  """Raises Error with the nearest name if `config` has no field `path`; names are told with `prefix`."""
-  fields = flatten(config.to_dict())
-  if path not in fields and not any(name.startswith(path + '.') for name in fields):
-    raise Error(f'{where}{prefix}{path}: no such field; did you mean {prefix}{model_config.nearest(path, list(fields))}?')
+  return list(call(module.__file__, module.metrics)) if hasattr(module, 'metrics') else []
 
 
 def expand(config: ml_collections.ConfigDict, sweep: Sequence[Mapping], metrics: Sequence[str] = (),
@@ -120,7 +88,7 @@ def expand(config: ml_collections.ConfigDict, sweep: Sequence[Mapping], metrics:
     if key not in solved:
       try:
         solved[key] = _solve(c, plain_arms)
-        _check(solved[key][0])
+        model_config.from_dict(solved[key][0].model)
       except ValueError as e:
         raise Error(f'point {i} ({c.arm}): {one_line(e)}') from e
     resolved, matched = solved[key]
@@ -158,10 +126,7 @@ def check_arm(arm: str, arms: Sequence[str], flag: str) -> None:
 
 def tell_match(point: Point) -> str:
   """How well a matched baseline is matched, in one line."""
-  m = point.match
-  changed = ', '.join(f'{field} {old} -> {new}' for field, (old, new) in m['changed'].items()) or 'nothing to change'
-  return (f'{point.label} is matched to {m["treatment"] or "an arm that this sweep lacks"}: {m["metric"]} '
-          f'{m["reached"]:,.0f} against {m["target"]:,.0f}, off by {100 * m["mismatch"]:+.2f} % ({changed}).')
+  return f'{point.label} is matched to {point.match["treatment"] or "an arm that this sweep lacks"}: {match.tell(point.match)}.'
 
 
 def read(workdir: pathlib.Path) -> list[Point]:
@@ -178,7 +143,7 @@ def read(workdir: pathlib.Path) -> list[Point]:
 
 
 def write(points: Sequence[Point], workdir: pathlib.Path) -> None:
-  write_text(workdir / FILE, ''.join(json.dumps(dataclasses.asdict(point)) + '\n' for point in points))
+  metrics_lib.write_text(workdir / FILE, ''.join(json.dumps(dataclasses.asdict(point)) + '\n' for point in points))
 
 
 def done(point: Point, workdir: pathlib.Path) -> dict | None:
@@ -250,42 +215,13 @@ def clash(a: Point, done_a: Mapping, b: Point, done_b: Mapping) -> str:
           f'model.{", model.".join(fields)} had no effect, so this is no ablation')
 
 
-def flatten(tree: Mapping, prefix: str = '') -> dict:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
-  flat = {}
-  for name, value in tree.items():
-    flat |= flatten(value, f'{prefix}{name}.') if isinstance(value, Mapping) else {f'{prefix}{name}': value}
-  return flat
-
-
 def canonical(config: Mapping, *without: str) -> str:
   """The JSON text of a config with sorted keys, top-level fields in `without` left out."""
   return json.dumps({k: v for k, v in config.items() if k not in without}, sort_keys=True, separators=(',', ':'))
 
 
-def one_line(error: BaseException | str) -> str:
-  return ' '.join(str(error).split()) or type(error).__name__
-
-
 def some(items: Sequence[str], most: int = 4) -> str:
   return ', '.join(items[:most]) + (f' and {len(items) - most} more' if len(items) > most else '')
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes beside `path` and renames, so that a reader never sees half of it."""
-  beside = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  beside.write_text(text)
-  os.replace(beside, path)
-
-
-def _call(path: str, function):
-  """Calls into a config file; whatever it raises names the file and line in one line."""
-  try:
-    return function()
-  except Exception as e:
-    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if os.path.abspath(frame.filename) == os.path.abspath(path)]
-    kind = '' if isinstance(e, ValueError) else f'{type(e).__name__}: '
-    raise Error(f'{os.path.relpath(path)}{f", line {lines[-1]}" if lines else ""}: {kind}{one_line(e)}') from e
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -322,14 +258,6 @@ def _solve(c: ml_collections.ConfigDict, plain_arms: Mapping[str, str]):
 
 def _sameness(c: ml_collections.ConfigDict) -> str:
   return canonical(c.to_dict(), 'seed', 'arm', 'match')
-
-
-def _check(c: ml_collections.ConfigDict) -> None:
-  model_config.from_dict(c.model)
-  if c.data.vocab_size != c.model.vocab_size:
-    raise ValueError(f'data.vocab_size = {c.data.vocab_size} is not model.vocab_size = {c.model.vocab_size}; set both')
-  if c.data.sequence_length > c.model.context_length:
-    raise ValueError(f'data.sequence_length = {c.data.sequence_length} is more than model.context_length = {c.model.context_length}')
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -20,7 +20,7 @@ import rich.table
 import rich.text
 
 from experiments import analysis, manifest
-from gemma4_jax import metrics
+from gemma4_jax import config_file, metrics
 
 _COSTS = analysis.COSTS
 _COMPARED = ['difference', '95 % interval', 'pairs', 'p (Holm)', 'verdict', *(f'{cost.short} ×' for cost in _COSTS)]
@@ -55,7 +55,7 @@ def report(workdir: pathlib.Path, *, baseline: str = '', console: rich.console.C
       from experiments import plots  # matplotlib is slow to import
       pictures = plots.draw(results, analysis.curves(runs, workdir), workdir)
     metrics.write_json(workdir / 'results.json', results)
-    manifest.write_text(workdir / 'report.md', markdown(results, pictures, workdir.resolve().name))
+    metrics.write_text(workdir / 'report.md', markdown(results, pictures, workdir.resolve().name))
   except OSError as e:
     raise manifest.Error(f'{workdir}: the report cannot be written ({e.strerror})') from e
   say = lambda text, style='': console.print(text, style=style, markup=False, highlight=False)
@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
       raise manifest.Error('give one folder: python -m experiments.report runs/ple')
     return 0 if report(pathlib.Path(argv[1]), baseline=flags.FLAGS.baseline) else 1
   except ValueError as e:     # rows that cannot be read are one, too
-    print(f'error: {manifest.one_line(e)}', file=sys.stderr)
+    print(f'error: {config_file.one_line(e)}', file=sys.stderr)
     return 2
 
 

@@ -1,22 +1,26 @@
 r"""Speed against the machine's limit and against a peer, as JSON.
 
   python -m experiments.speed train --size=mini --peer=hf     # a training step: float32, AdamW, ours and transformers
+  python -m experiments.speed decode --size=mini --dtype=bfloat16 --batch=8 --peer=hf
+  python -m experiments.speed prefill --size=mini --peer=hf   # greedy, random weights, prompts of 512 tokens
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
-over that peak: medians over rounds of medians over steps.
+over that peak: medians over rounds of medians over steps. Of sampling, `share_of_limit` says of what in `limit`.
 """
 
 import argparse
 import concurrent.futures
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import time
 
 from configs import base
-from gemma4_jax import size
+from experiments import speed_sampling
+from gemma4_jax import hardware, size
 
 BATCH, LENGTH = 4, 512
 
@@ -24,7 +28,7 @@ BATCH, LENGTH = 4, 512
 def _ours(name: str, steps: int, scan: bool) -> dict:
   import jax
   import jax.numpy as jnp
-  from gemma4_jax import hardware
+
   from gemma4_jax.model import transformer
   from gemma4_jax.training import optimizer, trainer
   c = base.get_config(name)
@@ -55,7 +59,6 @@ def _hf(name: str, steps: int, scan: bool) -> dict:
     import transformers
   except ImportError as error:
     sys.exit(f"error: --peer=hf: {error}: pip install 'gemma4_jax[peer]'")
-  from gemma4_jax import hardware
   from gemma4_jax.checkpoint import hf
   cfg = base.models()[name]
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -115,26 +118,36 @@ def _alone(function, *args) -> dict:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('what', choices=['train'])
+  parser.add_argument('what', choices=['train', 'decode', 'prefill'])
   parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
   parser.add_argument('--peer', choices=['hf'], help='measure transformers beside us')
   parser.add_argument('--steps', type=int, default=3, help='timed steps a round, after one that is not')
   parser.add_argument('--rounds', type=int, default=2)
-  parser.add_argument('--scan', action='store_true', help='blocks as a scan over periods')
+  parser.add_argument('--scan', action='store_true', help='train: blocks as a scan over periods')
+  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='decode, prefill: of weights and activations')
+  parser.add_argument('--batch', type=int, default=1, help='decode, prefill: rows')
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
     parser.error('--steps and --rounds are at least 1')
-  runs = {'ours': _ours} | ({'hf': _hf} if args.peer else {})
+  os.environ.update(hardware.cpu_environment())   # of the processes to come: ours and the peer's
+  if args.what == 'train':
+    runs = {'ours': _ours} | ({'hf': _hf} if args.peer else {})
+    call, shape = (args.size, args.steps, args.scan), {'batch': BATCH, 'length': LENGTH}
+    shape['training_flops_per_step'] = size.training_flops(base.models()[args.size], LENGTH) * BATCH * LENGTH
+  else:
+    runs = {'ours': speed_sampling.ours} | ({'hf': speed_sampling.hf} if args.peer else {})
+    call, shape = (args.size, args.what, args.dtype, args.batch, args.steps), {
+        'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype}
   found = {name: [] for name in runs}
   for _ in range(args.rounds):
     for name, function in runs.items():
-      found[name].append(_alone(function, args.size, args.steps, args.scan))
-  out = {'what': args.what, 'size': args.size, 'batch': BATCH, 'length': LENGTH, 'parameters': size.total(base.models()[args.size]),
-         'training_flops_per_step': size.training_flops(base.models()[args.size], LENGTH) * BATCH * LENGTH,
-         'date': time.strftime('%Y-%m-%d'), **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(
-             value, (int, float)) else value for key, value in rounds[0].items()} for name, rounds in found.items()}}
+      found[name].append(_alone(function, *call))
+  out = {'what': args.what, 'size': args.size, **shape, 'parameters': size.total(base.models()[args.size]),
+         'date': time.strftime('%Y-%m-%d'), 'environment': hardware.environment(),
+         **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(value, (int, float)) else value
+                   for key, value in rounds[0].items()} for name, rounds in found.items()}}
   if args.peer:
-    ratios = [hf['step_seconds'] / ours['step_seconds'] for ours, hf in zip(found['ours'], found['hf'])]
+    ratios = [ours['tokens_per_s'] / hf['tokens_per_s'] for ours, hf in zip(found['ours'], found['hf'])]
     out['times_as_fast_as_hf'] = statistics.median(ratios)
   print(json.dumps(out, indent=2))
 

@@ -4,11 +4,11 @@ Plain Python, no JAX: sizes, matched baselines and error messages need no device
 configs of the released checkpoints and google-deepmind/gemma `gemma/gm/nn/gemma4/_gemma4.py`.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Mapping, Sequence
 
 # How the vector that an embedding arm makes for every token and layer enters a block (`LayerSpec.inject`).
 GATE, UNGATED, VALUE, UP = 'gate', 'ungated', 'value', 'up'
@@ -28,12 +28,17 @@ EMBEDDING_ARMS = {
     'stem': UP,                 # a token table in place of the up-projection
 }
 PLE_ARMS = tuple(arm for arm, inject in EMBEDDING_ARMS.items() if inject in (GATE, UNGATED))
+PLE_PLACEMENTS = ('device', 'host', 'folded', 'folded_host')
+PLE_TABLES = ('as_is', 'bfloat16', 'int8', 'int4')
 
 _CHOICES = {
     'embedding': tuple(EMBEDDING_ARMS),
     'activation': ('gelu', 'silu'),
+    'ple_placement': PLE_PLACEMENTS,
+    'ple_table': PLE_TABLES,
     'moe_implementation': ('auto', 'ragged', 'scan', 'gather'),
     'remat': ('none', 'dots', 'full'),
+    'matvec': ('xla', 'native'),
     'dtype': ('float32', 'bfloat16'),
     'param_dtype': ('float32', 'bfloat16'),
 }
@@ -113,9 +118,12 @@ class ModelConfig:
   ple_every: int = 1                   # per-layer vectors in every k-th layer only ...
   ple_layers: tuple[int, ...] = ()     # ... or in these layers
   bigram_buckets: int = 0              # rows of the bigram table; 0: vocab_size
+  ple_placement: str = 'device'        # of the PLE table: device or host memory; folded, folded_host: there, with all of PLE in it
+  ple_table: str = 'as_is'             # stored as_is, bfloat16, int8 or int4; both as `model.ple_placement.place` makes it
 
   dtype: str = 'float32'               # of activations and matmuls
   param_dtype: str = 'float32'
+  matvec: str = 'xla'                  # of at most 8 rows; native: our own on a CPU, without gradients (`native.matvec`)
   scan: bool = False                   # blocks run as a scan over periods, weights stacked by group
   remat: str = 'none'                  # none; dots: keep matmul outputs; full: keep block inputs
 
@@ -167,6 +175,19 @@ class ModelConfig:
     """The layers that get a per-layer vector from the embedding arm."""
     return tuple(i for i, spec in enumerate(self.layers) if spec.inject)
 
+  @property
+  def bigram_rows(self) -> int:
+    """Rows of the bigram table."""
+    return self.bigram_buckets or self.vocab_size
+
+  @property
+  def ple_on_host(self) -> bool:
+    return self.ple_placement in ('host', 'folded_host')
+
+  @property
+  def ple_folded(self) -> bool:
+    return self.ple_placement in ('folded', 'folded_host')
+
   def replace(self, **fields) -> 'ModelConfig':
     return from_dict({**self.to_dict(), **fields})
 
@@ -186,6 +207,15 @@ def from_dict(fields: Mapping) -> ModelConfig:
 
 def nearest(name: str, known: Sequence[str]) -> str:
   return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def check_trainable(cfg: ModelConfig) -> None:
+  """Raises ValueError for a model whose PLE table is placed for inference: such a table is neither made, trained nor saved."""
+  for field in ('ple_placement', 'ple_table'):
+    default = getattr(ModelConfig, field)
+    if getattr(cfg, field) != default:
+      raise ValueError(f'model.{field}: {getattr(cfg, field)!r} is for inference; make, train, load and save the model with {default!r}, '
+                       f'then model.ple_placement.place puts the table there')
 
 
 def _check_types(cfg: ModelConfig) -> None:
@@ -245,9 +275,14 @@ def _check(cfg: ModelConfig) -> None:
   require(len(set(cfg.ple_layers)) == len(cfg.ple_layers) and all(0 <= i < cfg.num_layers for i in cfg.ple_layers),
           'ple_layers', f'names layers twice or outside 0..{cfg.num_layers - 1}')
   if EMBEDDING_ARMS[cfg.embedding] is not None:
-    require(cfg.embedding not in PLE_ARMS or cfg.ple_dim >= 1, 'ple_dim', f"is not positive; for no PLE set model.embedding='none'")
+    require(cfg.embedding not in PLE_ARMS or cfg.ple_dim >= 1, 'ple_dim', "is not positive; for no PLE set model.embedding='none'")
     require(cfg.ple_every <= cfg.num_layers, 'ple_every', f'is more than the {cfg.num_layers} layers of model.num_layers')
     require(bool(cfg.inject_layers), 'embedding', 'reaches no layer: see model.ple_layers, model.ple_every and model.num_kv_shared_layers')
+  tables = cfg.embedding in PLE_ARMS and cfg.embedding != 'projection_only'
+  require(tables or cfg.ple_placement == 'device', 'ple_placement', f'needs a PLE table, which model.embedding={cfg.embedding!r} has not')
+  require(tables or cfg.ple_table == 'as_is', 'ple_table', f'needs a PLE table, which model.embedding={cfg.embedding!r} has not')
+  require(cfg.embedding == 'ple' or not cfg.ple_folded, 'ple_placement', f"needs model.embedding='ple', not {cfg.embedding!r}")
+  require(cfg.ple_dim % 2 == 0 or cfg.ple_table != 'int4', 'ple_table', f'packs pairs of numbers, and model.ple_dim = {cfg.ple_dim} is odd')
   if cfg.embedding == 'stem':
     require(cfg.gated_mlp, 'embedding', 'replaces the up-projection of a gated MLP: set model.gated_mlp')
     require(not moe or cfg.moe_dense_branch, 'embedding', 'replaces the up-projection of the dense MLP: set model.moe_dense_branch')

@@ -1,12 +1,14 @@
-"""What this machine can do at most: peak matmul rate and memory in use."""
+"""What this machine is and can do at most: accelerators, cores, peak matmul rate, memory in use.
+
+JAX is imported where it is used: a process that only starts others asks what environment to give them.
+"""
 
 import functools
+import glob
+import os
 import resource
 import sys
 import time
-
-import jax
-import jax.numpy as jnp
 
 # bfloat16 FLOP/s of one device, dense, from the vendors' data sheets
 _PEAK_BF16 = {
@@ -15,18 +17,48 @@ _PEAK_BF16 = {
 }
 
 
+def has_accelerator() -> bool:
+  """Whether JAX would find one here, as far as device nodes and JAX_PLATFORMS tell."""
+  platforms = os.environ.get('JAX_PLATFORMS', '')
+  nodes = ('/dev/nvidia[0-9]*', '/dev/kfd', '/dev/accel[0-9]*', '/dev/vfio/[0-9]*')
+  return platforms.split(',')[0] != 'cpu' if platforms else any(glob.glob(node) for node in nodes)
+
+
+def environment() -> dict[str, str]:
+  """The variables of this process that change how fast it is, for the record."""
+  return {name: os.environ[name] for name in ('GLIBC_TUNABLES', 'JAX_PLATFORMS', 'XLA_FLAGS') if name in os.environ}
+
+
+def cores() -> int:
+  """CPU cores that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def cpu_environment() -> dict[str, str]:
+  """Environment variables that make a process faster on a CPU if they are there before it starts; the user's own stay.
+
+  glibc's huge pages, as a step writes hundreds of MB of temporaries: one of `mini` on two cores 10.9 -> 9.1 s.
+  """
+  if has_accelerator() or not sys.platform.startswith('linux') or 'GLIBC_TUNABLES' in os.environ:
+    return {}
+  return {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+
+
 @functools.lru_cache
 def peak_flops() -> tuple[float, str]:
   """(FLOP/s of all devices of this job, where the number is from): bfloat16 of a data sheet, else a float32 matmul timed here."""
+  import jax
   kind = jax.devices()[0].device_kind
   for name in sorted(_PEAK_BF16, key=len, reverse=True):
     if kind.startswith(name):
       return _PEAK_BF16[name] * jax.device_count(), f'data sheet of {name}, bfloat16'
-  return measure_matmul(), 'float32 matmul of 2048^3, measured'
+  return measure_matmul() * jax.process_count(), 'float32 matmul of 2048^3, measured'
 
 
-def measure_matmul(size: int = 2048, repeats: int = 3, dtype=jnp.float32) -> float:
+def measure_matmul(size: int = 2048, repeats: int = 3, dtype='float32') -> float:
   """FLOP/s of the best of `repeats` square matmuls on one device."""
+  import jax
+  import jax.numpy as jnp
   a = jnp.ones((size, size), dtype)
   dot = jax.jit(jnp.dot)
   dot(a, a).block_until_ready()
@@ -38,8 +70,27 @@ def measure_matmul(size: int = 2048, repeats: int = 3, dtype=jnp.float32) -> flo
   return 2 * size**3 / best
 
 
+def measure_bandwidth(size: int = 2**28, repeats: int = 8) -> float:
+  """Bytes/s at which one device reads: the best of `repeats` matrix-vector products of `size` bytes, ours and XLA's."""
+  import jax
+  import jax.numpy as jnp
+
+  from gemma4_jax.native import matvec
+  w, x = jnp.ones((size // 4096, 1024)), jnp.ones((1, 1024))
+  ways = [jax.jit(lambda x, w: x @ w.T)] + ([] if matvec.why_not() else [jax.jit(matvec.dot)])
+  best = float('inf')
+  for way in ways:
+    way(x, w).block_until_ready()
+    for _ in range(repeats):
+      start = time.perf_counter()
+      way(x, w).block_until_ready()
+      best = min(best, time.perf_counter() - start)
+  return size / best
+
+
 def peak_memory_bytes() -> int:
   """Most bytes ever in use: of the first device where it keeps count, else of this process."""
+  import jax
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get('peak_bytes_in_use') or peak_process_bytes()
 

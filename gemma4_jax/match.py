@@ -74,6 +74,13 @@ def resolve(config: ml_collections.ConfigDict) -> tuple[ml_collections.ConfigDic
                       mismatch=mismatch(new), changed=changed)
 
 
+def tell(report: dict) -> str:
+  """A report of `resolve` in words, the mismatch that is left among them."""
+  changed = ', '.join(f'{field} {old} -> {new}' for field, (old, new) in report['changed'].items()) or 'nothing to change'
+  return (f'{report["metric"]} {report["reached"]:,.0f} against {report["target"]:,.0f}, '
+          f'off by {100 * report["mismatch"]:+.2f} % ({changed})')
+
+
 Cost = Callable[[ModelConfig], float]
 
 

@@ -1,16 +1,36 @@
 """Rows of numbers: one JSON object a line, and the same numbers to TensorBoard or W&B if asked."""
 
+import importlib.util
 import json
+import os
 from pathlib import Path
 
 import ml_collections
 
+_EXTRAS = {'tensorboard': 'tensorboardX', 'wandb': 'wandb'}   # field of config.train, and extra -> the package it needs
+
+GOES_ON = 'once it can, the same command goes on from the last checkpoint'
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError naming the extra if the config asks for a package that is not installed."""
+  for field, package in _EXTRAS.items():
+    if config.train[field] and importlib.util.find_spec(package) is None:
+      raise ValueError(f"train.{field} needs {package}: pip install 'gemma4_jax[{field}]'")
+
+
+def write_text(path: Path, text: str) -> None:
+  """Writes beside, then renames: readers see the old file or the whole new one."""
+  beside = path.with_name(f'.{path.name}.{os.getpid()}.part')
+  try:
+    beside.write_text(text)
+    beside.replace(path)
+  finally:
+    beside.unlink(missing_ok=True)
+
 
 def write_json(path: Path, value) -> None:
-  """Writes beside, then renames: readers see the old file or the whole new one."""
-  beside = path.with_name(f'.{path.name}.part')
-  beside.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
-  beside.replace(path)
+  write_text(path, json.dumps(value, indent=2, sort_keys=True) + '\n')
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -31,13 +51,10 @@ class Writer:
   """Appends rows to `workdir/metrics.jsonl`. Opened at step s, it first drops the rows after s, which will come again."""
 
   def __init__(self, workdir: Path, step: int, config: ml_collections.ConfigDict):
-    path = workdir / 'metrics.jsonl'
-    kept = [row for row in read_rows(path) if row['step'] <= step]
-    beside = path.with_name('.metrics.jsonl.part')
-    beside.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-    beside.replace(path)
-    self.first = kept[0] if kept else None
-    self._file = path.open('a')
+    self._path = workdir / 'metrics.jsonl'
+    kept = [row for row in read_rows(self._path) if row['step'] <= step]
+    write_text(self._path, ''.join(json.dumps(row) + '\n' for row in kept))
+    self._file = self._path.open('ab', buffering=0)   # a row that cannot be written is an error at once, and not again at the end
     self._sinks = []
     if config.train.tensorboard:
       self._sinks.append(_tensorboard(workdir))
@@ -45,10 +62,13 @@ class Writer:
       self._sinks.append(_wandb(workdir, config))
 
   def write(self, row: dict) -> None:
-    """Args: row: 'step' and flat names -> numbers or strings."""
-    self.first = self.first or row
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    """Args: row: 'step' and flat names -> numbers or strings. Raises OSError: it is not on disk, or not whole."""
+    line = json.dumps(row).encode() + b'\n'
+    try:
+      while line:   # a disk that fills up takes a part first
+        line = line[self._file.write(line):]
+    except OSError as error:
+      raise OSError(f'{self._path}: the row of step {row["step"]} cannot be written ({error.strerror}); {GOES_ON}') from error
     for write, _ in self._sinks:
       write({name: value for name, value in row.items() if isinstance(value, (int, float))}, row['step'])
 
@@ -59,10 +79,7 @@ class Writer:
 
 
 def _tensorboard(workdir):
-  try:
-    import tensorboardX
-  except ImportError:
-    raise ValueError("train.tensorboard needs tensorboardX: pip install 'gemma4_jax[tensorboard]'") from None
+  import tensorboardX
   writer = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
   def write(row, step):
     for name, value in row.items():
@@ -71,9 +88,7 @@ def _tensorboard(workdir):
 
 
 def _wandb(workdir, config):
-  try:
-    import wandb
-  except ImportError:
-    raise ValueError("train.wandb needs wandb: pip install 'gemma4_jax[wandb]'") from None
-  run = wandb.init(project=config.train.wandb, name=workdir.name, dir=str(workdir), id=workdir.name, resume='allow', config=config.to_dict())
+  import wandb
+  run = wandb.init(
+      project=config.train.wandb, name=workdir.name, id=workdir.name, resume='allow', dir=str(workdir), config=config.to_dict())
   return lambda row, step: run.log(row, step=step), run.finish

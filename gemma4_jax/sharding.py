@@ -66,3 +66,8 @@ def stacked(one: NamedSharding) -> NamedSharding:
 def batch(mesh: Mesh) -> NamedSharding:
   """Sequences are split over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())

@@ -68,6 +68,24 @@ def resident_bytes(cfg: ModelConfig) -> int:
   return BYTES * (sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding']))
 
 
+def placed_bytes(cfg: ModelConfig) -> dict[str, int]:
+  """Bytes of a model whose PLE table is where `cfg.ple_placement` and in what `cfg.ple_table` says, all else in bfloat16.
+
+  resident     weights on the accelerator
+  host         of the table, in host memory or on disk
+  read         that a token of text reads on the accelerator to make its PLE vectors: its row, if it is there, and the projection
+  fetched      that it fetches from the host: its row
+  """
+  n, row = parameters(cfg), _row_bytes(cfg)
+  context = cfg.ple_dim * (1 + cfg.width * len(cfg.inject_layers)) if _projects_context(cfg) else 0   # projection and norm
+  read = 0 if cfg.ple_folded else BYTES * context
+  resident = BYTES * (sum(n.values()) - n['arm_table'] - (context if cfg.ple_folded else 0))
+  table = cfg.vocab_size * row
+  if cfg.ple_on_host:
+    return {'resident': resident, 'host': table, 'read': read, 'fetched': row}
+  return {'resident': resident + table, 'host': 0, 'read': read + row, 'fetched': 0}
+
+
 def forward_flops(cfg: ModelConfig, context: int) -> float:
   """FLOPs a token of a document of `context` tokens: matmuls with weights, scores and values."""
   n = _matmuls(cfg)
@@ -104,11 +122,27 @@ def kv_bytes(cfg: ModelConfig, context: int, unified: bool = False) -> int:
   return BYTES * sum(elements(spec) * min(spec.window or context, context) for spec in cfg.layers if spec.kv_from is None)
 
 
+def decode_bytes(cfg: ModelConfig, context: int, batch: int) -> int:
+  """Bytes that a decoding step of `batch` rows with `context` tokens each must read, in the model's own dtypes: all weights but
+  the tables that are read by row, and the caches. Of experts all, as many rows visit many."""
+  width = {'float32': 4, 'bfloat16': 2}
+  n = parameters(cfg)
+  weights = sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding'])
+  return width[cfg.param_dtype] * weights + width[cfg.dtype] * kv_bytes(cfg, context, unified=True) // BYTES * batch
+
+
 def costs(cfg: ModelConfig, context: int) -> dict[str, float]:
   """What a run records of its model; FLOPs are those of the forward pass."""
   return {
       'params/total': total(cfg), 'params/non_embedding': non_embedding(cfg), 'params/ple_table': _table(cfg),
       'flops_per_token': forward_flops(cfg, context), 'resident_bytes': resident_bytes(cfg)}
+
+
+def _row_bytes(cfg: ModelConfig) -> int:
+  """Of one token in the table as it is stored; a number of few bits has a share in a float32 scale for `ple_dim` of them."""
+  numbers = _table(cfg) // cfg.vocab_size
+  bits = {'int8': 8, 'int4': 4}.get(cfg.ple_table)
+  return numbers * BYTES if bits is None else numbers * bits // 8 + numbers // cfg.ple_dim * 4
 
 
 def _matmuls(cfg: ModelConfig) -> collections.Counter:

@@ -3,13 +3,18 @@
 import os
 import pathlib
 
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+_CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'gemma4_jax' / 'xla_tests'
+# In the environment, so that the processes that tests start share the cache and its rules.
+for name, value in {'PLATFORMS': 'cpu', 'COMPILATION_CACHE_DIR': _CACHE, 'COMPILATION_CACHE_MAX_SIZE': 2**30,
+                    'PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': 0.1, 'PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': -1}.items():
+  os.environ.setdefault(f'JAX_{name}', str(value))
 
 import jax
+import pytest
 
-_CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'gemma4_jax' / 'xla_tests'
 
-jax.config.update('jax_compilation_cache_dir', os.environ.get('JAX_COMPILATION_CACHE_DIR') or str(_CACHE))
-jax.config.update('jax_compilation_cache_max_size', 2**30)
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
-jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+@pytest.fixture(scope='module', autouse=True)
+def forget_programs():
+  """Compiled programs of all tests together would take 8 GB."""
+  yield
+  jax.clear_caches()

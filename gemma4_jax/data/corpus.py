@@ -191,6 +191,8 @@ def _read(cfg, folder: pathlib.Path, bar: rich_progress.Progress):
       if cfg.max_bytes and total >= cfg.max_bytes:
         break
   bar.remove_task(task)
+  if not seen:
+    raise ValueError(f'data.path={cfg.path!r}: no text in any of its documents')
   for split in SPLITS:
     if not lengths[split]:
       raise ValueError(f'the {split} split is empty: data.validation_fraction={cfg.validation_fraction} of {len(seen)} '

@@ -207,10 +207,13 @@ class Tokenizer:
     return self.encode_batch([text])[0]
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """One int32 array of ids a text, without BOS; uses all cores."""
+    """One int32 array of ids a text, without BOS; uses all cores. Raises ValueError: half a surrogate pair, which UTF-8 has not."""
     split = [self._reserved.split(text) for text in texts]
-    encoded = iter(self._tokenizer.encode_batch_fast(
-        [piece for pieces in split for piece in pieces[::2]], add_special_tokens=False))
+    try:
+      encoded = iter(self._tokenizer.encode_batch_fast(
+          [piece for pieces in split for piece in pieces[::2]], add_special_tokens=False))
+    except TypeError as e:
+      raise ValueError('text: holds half a surrogate pair, so it was not read as UTF-8') from e
     ids = []
     for pieces in split:
       own = next(encoded).ids

@@ -11,7 +11,7 @@ import numpy as np
 
 from gemma4_jax import config
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.model import layers
+from gemma4_jax.model import layers, ple_table
 
 PerLayer = tuple[jax.Array | None, ...]
 
@@ -43,6 +43,8 @@ class PLE(nn.Module):
     permuted_table                row pi(id) for a fixed random permutation pi: trained from scratch this only renames rows,
                                   so it is the placebo whose difference from `ple` shows the noise
     ungated                       the gate is forced to 1: u = ple Wproj
+  Where the table is and how it is stored, `cfg.ple_placement` and `cfg.ple_table`, is no arm: `ple_placement`.
+
   Source: transformers `models/gemma4/modeling_gemma4.py`, get_per_layer_inputs and project_per_layer_inputs; first in
   Gemma 3n. The arms are ours.
   """
@@ -57,7 +59,12 @@ class PLE(nn.Module):
       ids_BT = _permutation(cfg.vocab_size)[ids_BT] if arm == 'permuted_table' else ids_BT
       shape = (cfg.vocab_size, 1 if arm == 'shared_table' else len(which), P)
       name = 'frozen_lookup' if arm == 'frozen_table' else 'lookup'
-      row_BTLP = layers.Embed(cfg, shape, ('vocab', 'layers', 'ple'), P**-0.5, name=name)(ids_BT)
+      placed = (cfg.ple_placement, cfg.ple_table) != ('device', 'as_is')
+      table = ple_table.PlacedTable(cfg, shape, name=name) if placed else layers.Embed(
+          cfg, shape, ('vocab', 'layers', 'ple'), P**-0.5, name=name)
+      row_BTLP = table(ids_BT)
+      if cfg.ple_folded:
+        return x_BTD, _spread(cfg, [row_BTLP[:, :, i] for i in range(len(which))])
       row_BTLP = jax.lax.stop_gradient(row_BTLP) if arm == 'frozen_table' else row_BTLP
       terms.append(jnp.broadcast_to(row_BTLP * P**0.5, (*ids_BT.shape, len(which), P)))
     if arm != 'table_only':

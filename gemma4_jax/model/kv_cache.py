@@ -74,8 +74,8 @@ class Dense:
   v_BKSH: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    slot_BT = jnp.where(stream.seg_BT > 0, stream.pos_BT, self.k_BKSH.shape[2])
-    return _Slots(Dense(_write(self.k_BKSH, slot_BT, k_BTKH), _write(self.v_BKSH, slot_BT, v_BTKH)), _length(stream))
+    write = lambda into, x: _write(into, stream.pos_BT, stream.seg_BT > 0, x)
+    return _Slots(Dense(write(self.k_BKSH, k_BTKH), write(self.v_BKSH, v_BTKH)), _length(stream))
 
   def positions(self, length_B):
     return _numbered(self.k_BKSH.shape[2], length_B)
@@ -92,8 +92,8 @@ class Unified:
   k_BKSR: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    slot_BT = jnp.where(stream.seg_BT > 0, stream.pos_BT, self.v_BKSH.shape[2])
-    after = Unified(_write(self.v_BKSH, slot_BT, v_BTKH), _write(self.k_BKSR, slot_BT, self._rotated(k_BTKH)))
+    write = lambda into, x: _write(into, stream.pos_BT, stream.seg_BT > 0, x)
+    after = Unified(write(self.v_BKSH, v_BTKH), write(self.k_BKSR, self._rotated(k_BTKH)))
     return _Slots(after, _length(stream), key_scale_H)
 
   def positions(self, length_B):
@@ -121,8 +121,8 @@ class Ring:
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
     window, length_B = self.k_BKWH.shape[2], _length(stream)
     keep_BT = (stream.seg_BT > 0) & (stream.pos_BT >= length_B[:, None] - window)
-    slot_BT = jnp.where(keep_BT, stream.pos_BT % window, window)
-    after = Ring(_write(self.k_BKWH, slot_BT, k_BTKH), _write(self.v_BKWH, slot_BT, v_BTKH))
+    write = lambda into, x: _write(into, stream.pos_BT % window, keep_BT, x)
+    after = Ring(write(self.k_BKWH, k_BTKH), write(self.v_BKWH, v_BTKH))
     if k_BTKH.shape[1] == 1:   # the token took the slot of the one that has just left its window
       return _Slots(after, length_B)
     return _RingAndFresh(after, self, stream, k_BTKH, v_BTKH)
@@ -182,8 +182,19 @@ def _numbered(slots, length_B):
   return jnp.where(slot_S < length_B[:, None], slot_S, -1)
 
 
-def _write(into_BKSH, slot_BT, x_BTKH):
-  """Puts token t of row b into slot_BT[b, t]; a slot that does not exist takes nothing."""
-  def row(into_KSH, slot_T, x_TKH):
-    return into_KSH.at[:, slot_T].set(x_TKH.swapaxes(0, 1).astype(into_KSH.dtype), mode='drop')
-  return jax.vmap(row)(into_BKSH, slot_BT, x_BTKH)
+def _write(into_BKSH, slot_BT, keep_BT, x_BTKH):
+  """Puts token t of row b into slot_BT[b, t] if it is to be kept.
+
+  A single token is written in any case, for a condition would copy the cache: that of a row which has ended lands in the slot
+  of its next one, which nobody sees.
+  """
+  x_BKTH = x_BTKH.swapaxes(1, 2).astype(into_BKSH.dtype)
+  if slot_BT.shape[1] == 1:
+    put = lambda into_KSH, slot_1, x_K1H: jax.lax.dynamic_update_slice_in_dim(into_KSH, x_K1H, slot_1[0], axis=1)
+    if len(into_BKSH) == 1 and jax.default_backend() == 'cpu':
+      # XLA:CPU would do the update twice, in a copy for the matmul that reads it, could it see through to it
+      return jax.lax.cond(keep_BT[0, 0], lambda into: put(into[0], slot_BT[0], x_BKTH[0])[None], lambda into: into, into_BKSH)
+    return jax.vmap(put)(into_BKSH, slot_BT, x_BKTH)
+  slot_BT = jnp.where(keep_BT, slot_BT, into_BKSH.shape[2])
+  put = lambda into_KSH, slot_T, x_KTH: into_KSH.at[:, slot_T].set(x_KTH, mode='drop')
+  return jax.vmap(put)(into_BKSH, slot_BT, x_BKTH)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma4_jax.config import ModelConfig
+from gemma4_jax.native import matvec
 
 
 class Param(nn.LogicallyPartitioned):
@@ -69,14 +70,21 @@ def _draw(init, shape, dtype):
   return jax.jit(lambda key: init(key, shape, jnp.float32).astype(dtype))
 
 
-def contract(x: jax.Array, w: jax.Array, axes: int, dtype=None) -> jax.Array:
+def contract(x: jax.Array, w: jax.Array, axes: int, dtype=None, rows: str = 'xla') -> jax.Array:
   """Sums over the last `axes` axes of both: x [..., in], w [out, in] -> [..., out]; `dtype` of the result, default x's.
 
   As one matmul of two matrices: XLA would bring an einsum of more axes into that form with a transposed copy of each
   activation in the backward pass, which on a CPU took a quarter of a training step.
+
+  Args:
+    rows: how few rows run, `cfg.matvec`.
   """
   dim = math.prod(x.shape[-axes:])
-  y = jax.lax.dot_general(x.reshape(-1, dim), w.astype(x.dtype).reshape(-1, dim), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+  x_RK, w_NK = x.reshape(-1, dim), w.reshape(-1, dim)
+  if rows == 'native' and len(x_RK) <= matvec.MAX_ROWS:
+    y = matvec.dot(x_RK, w_NK).astype(dtype or x.dtype)
+  else:
+    y = jax.lax.dot_general(x_RK, w_NK.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
   return y.reshape(*x.shape[:-axes], *w.shape[:-axes])
 
 
@@ -96,7 +104,7 @@ class Einsum(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     w = declare(self, 'w', normal(self.fan_in**-0.5), self.shape, self.axes)
     x_letters, w_letters, _ = re.split(',|->', self.eqn)
-    return contract(x, w, axes=len(set(x_letters) & set(w_letters)))
+    return contract(x, w, axes=len(set(x_letters) & set(w_letters)), rows=self.cfg.matvec)
 
 
 class Embed(nn.Module):

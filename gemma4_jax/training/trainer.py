@@ -6,12 +6,14 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging as stdlib_logging
 import math
-import os
 from pathlib import Path
 import platform
+import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -24,8 +26,7 @@ import optax
 import rich.console
 import rich.progress as rich_progress
 
-from gemma4_jax import config as model_config
-from gemma4_jax import hardware, metrics, sharding, size
+from gemma4_jax import config as model_config, config_file, hardware, metrics, sharding, size
 from gemma4_jax.checkpoint import orbax
 from gemma4_jax.data import batching, corpus
 from gemma4_jax.evaluation import perplexity
@@ -93,10 +94,20 @@ def make_nll(cfg: model_config.ModelConfig, loss_chunk: int):
 
 
 def init_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
-  """The state at step 0, every array sharded as `sharding` says."""
-  params = jax.device_put(transformer.init(cfg, seed), param_shardings(cfg, mesh))
-  opt_state = jax.jit(tx.init)(params)
-  return State(jnp.zeros((), jnp.int32), params, opt_state)
+  """The state at step 0, every array sharded as `sharding` says; moments of the optimizer are split as their parameters."""
+  where = param_shardings(cfg, mesh)
+  params = jax.device_put(transformer.init(cfg, seed), where)
+  by_path = {_names(path): one for path, one in jax.tree_util.tree_leaves_with_path(where)}
+  moments = jax.tree_util.tree_map_with_path(
+      lambda path, _: by_path.get(_names(path), sharding.replicated(mesh)), jax.eval_shape(tx.init, params))
+  opt_state = jax.jit(tx.init, out_shardings=moments)(params)
+  return State(jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)), params, opt_state)
+
+
+def _names(path) -> tuple[str, ...]:
+  """The dict keys at the end of a path: a parameter's names, in the tree of parameters and in an optimizer's."""
+  is_name = lambda key: isinstance(key, jax.tree_util.DictKey)
+  return tuple(reversed([key.key for key in itertools.takewhile(is_name, reversed(path))]))
 
 
 def param_shardings(cfg: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> dict:
@@ -127,20 +138,25 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   Raises:
     ValueError: a config that cannot run, or a folder of another config; nothing in the folder is changed.
     NonFiniteLoss: names the step, the batch's rows and the last checkpoint.
+    OSError: rows or checkpoints cannot be written any more; the run goes on from its last checkpoint when they can.
   """
   cfg = check(config)
   workdir = Path(workdir)
   _refuse_other_config(config, workdir)
   data = corpus.prepare(config.data)
   mesh = sharding.make_mesh(config.mesh)
-  if config.data.batch_size % (config.optimizer.accumulate * math.prod(mesh.shape[axis] for axis in sharding.BATCH)):
+  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
+  if config.data.batch_size % (config.optimizer.accumulate * shards):
     raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
                      f'{config.optimizer.accumulate} microbatches over {dict(mesh.shape)} devices')
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    metrics.write_json(workdir / 'config.json', json.loads(config.to_json()))
-  except OSError as error:
-    raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
+  if config.eval.batch_size % shards:
+    raise ValueError(f'eval.batch_size: {config.eval.batch_size} does not divide over {dict(mesh.shape)} devices')
+  if jax.process_index() == 0:
+    try:
+      workdir.mkdir(parents=True, exist_ok=True)
+      metrics.write_json(workdir / 'config.json', json.loads(config.to_json()))
+    except OSError as error:
+      raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
   with jax.set_mesh(mesh):
     return _train(_Run(config, workdir, cfg, data, mesh))
 
@@ -148,6 +164,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
 def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
   """The model of a config that could run; a ValueError names the first field that cannot be."""
   cfg = model_config.from_dict(config.model)
+  model_config.check_trainable(cfg)
   if config.data.vocab_size != cfg.vocab_size:
     raise ValueError(f'data.vocab_size: {config.data.vocab_size} is not model.vocab_size = {cfg.vocab_size}')
   if config.data.sequence_length > cfg.context_length:
@@ -159,6 +176,7 @@ def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
       if config[section][field] < 1:
         raise ValueError(f'{section}.{field}: {config[section][field]} is not positive')
   optimizer.make(config.optimizer, config.train.steps)
+  metrics.check(config)
   return cfg
 
 
@@ -166,18 +184,25 @@ def _refuse_other_config(config, workdir):
   path = workdir / 'config.json'
   if not path.is_file():
     return
-  ours, theirs = _flat(json.loads(config.to_json())), _flat(json.loads(path.read_text()))
+  ours, theirs = (config_file.flatten(json.loads(text)) for text in (config.to_json(), path.read_text()))
   names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
   if names:
     raise ValueError(f'{workdir}: holds a run of another config; it differs in {", ".join(names)}. Choose another workdir.')
 
 
-def _flat(tree, prefix=''):
-  return {name: leaf for key, value in tree.items() for name, leaf in (
-      _flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}).items()}
-
-
 def _train(r: _Run) -> dict:
+  began = time.perf_counter()
+  with _checkpoints(r.workdir, r.config.train.keep_checkpoints) as checkpoints:
+    compile_seconds = _take_steps(r, checkpoints)
+  if jax.process_index():
+    return {}
+  done = _summary(r, compile_seconds, time.perf_counter() - began)
+  metrics.write_json(r.workdir / 'DONE', done)
+  return done
+
+
+def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
+  """From the last checkpoint to the last step; returns the seconds of compiling the step, None if none was left to take."""
   config, cfg, train, lead = r.config, r.cfg, r.config.train, jax.process_index() == 0
   tx = optimizer.make(config.optimizer, train.steps)
   rate = optimizer.schedule(config.optimizer, config.optimizer.learning_rate, train.steps)
@@ -185,7 +210,6 @@ def _train(r: _Run) -> dict:
   batches = batching.train_iterator(
       r.data.train, sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count())
-  checkpoints = orbax.Checkpoints(r.workdir / 'checkpoints', keep=train.keep_checkpoints)
   start = checkpoints.latest or 0
   if start:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
@@ -196,15 +220,16 @@ def _train(r: _Run) -> dict:
     metrics.write_json(r.workdir / 'env.json', environment(r.data, r.mesh))
   writer = metrics.Writer(r.workdir, start, config) if lead else None
 
-  began = time.perf_counter()
-  step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0)
+  step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,
+                    out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(r.mesh)))
   compile_seconds = None
   evaluate = _evaluator(r)
   flops_per_token = size.training_flops(cfg, config.data.sequence_length)
   peak, _ = hardware.peak_flops()
   tokens = config.data.batch_size * config.data.sequence_length
   since, last_row = None, start
-  with _progress(r.workdir.name, train.steps, start, lead) as advance:
+  unread = []     # (step, row, the batch's row ids) since the last row that was written; read together, so that steps need not wait
+  with contextlib.closing(batches), _progress(r.workdir.name, train.steps, start, lead) as advance:
     for step in range(start + 1, train.steps + 1):
       batch = next(batches)
       arrays = _arrays(batch, r.mesh)
@@ -214,33 +239,32 @@ def _train(r: _Run) -> dict:
         compile_seconds = time.perf_counter() - clock
       since = since or time.perf_counter()
       state, row = step_fn(state, arrays)
+      unread.append((step, row, batch['rows']))
       last = step == train.steps
       save = last or step % train.checkpoint_every == 0
-      if not (save or step == 1 or step % train.log_every == 0):
+      evaluated = last or (config.eval.every and step % config.eval.every == 0)
+      if not (save or evaluated or step == 1 or step % train.log_every == 0):
         continue
-      row = {name: float(value) for name, value in row.items()}
-      _require_finite(row, step, batch, checkpoints)
+      for earlier in unread:
+        row = _finite(*earlier, checkpoints)
+      unread.clear()
       speed = tokens * (step - last_row) / (time.perf_counter() - since)
       row = {'step': step, **row, 'learning_rate': float(rate(step - 1)), 'tokens_per_s': speed,
              'mfu': speed * flops_per_token / peak}
       if step == 1:
-        row['fingerprint'] = fingerprint(cfg, state.params, arrays)
-      if last or (config.eval.every and step % config.eval.every == 0):
+        row['fingerprint'] = fingerprint(cfg, state.params, arrays, r.mesh)
+      if evaluated:
         row |= evaluate(state.params)
       if lead:
         writer.write(row)
       if save:   # after the rows: a checkpoint never stands without the rows before it
-        checkpoints.save(step, state, {'iterator': batches.get_state().decode()}, config)
+        with _saving(r.workdir):
+          checkpoints.save(step, state, {'iterator': batches.get_state().decode()}, config)
       advance(step, row)
       since, last_row = time.perf_counter(), step
-  checkpoints.wait()
-  checkpoints.close()
-  done = {}
   if lead:
     writer.close()
-    done = _summary(r, compile_seconds, time.perf_counter() - began)
-    metrics.write_json(r.workdir / 'DONE', done)
-  return done
+  return compile_seconds
 
 
 def _summary(r: _Run, compile_seconds: float | None, wall_seconds: float) -> dict:
@@ -255,10 +279,12 @@ def _summary(r: _Run, compile_seconds: float | None, wall_seconds: float) -> dic
           'compile_seconds': compile_seconds, 'wall_seconds': wall_seconds}}
 
 
-def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict) -> str:
+def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict, mesh: jax.sharding.Mesh) -> str:
   """A hash of the logits of the first sequence. Two arms of a comparison that share it after a step are one model."""
-  one = {name: value[:1] for name, value in batch.items()}
-  logits, _ = jax.jit(transformer.Transformer(cfg).apply)({'params': params}, one['tokens'], one['positions'], one['segments'])
+  def first_logits(params, batch):
+    one = {name: value[:1] for name, value in batch.items()}
+    return transformer.Transformer(cfg).apply({'params': params}, one['tokens'], one['positions'], one['segments'])[0]
+  logits = jax.jit(first_logits, out_shardings=sharding.replicated(mesh))(params, batch)
   return hashlib.sha256(np.asarray(logits).tobytes()).hexdigest()[:16]
 
 
@@ -272,7 +298,7 @@ def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh) -> dict:
       'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in (
           'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')},
       'device': jax.devices()[0].device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
-      'cpus': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+      'cpus': hardware.cores(), 'environment': hardware.environment(),
       'mesh': {axis: int(n) for axis, n in mesh.shape.items()}, 'peak_flops': hardware.peak_flops(),
       'started': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'corpus_hash': data.corpus_hash, 'tokenizer_hash': data.tokenizer_hash}
@@ -287,26 +313,76 @@ def _arrays(batch: dict, mesh: jax.sharding.Mesh) -> dict:
 
 def _evaluator(r: _Run):
   """Returns params -> final metrics on the validation split."""
-  c = r.config
+  c, mine = r.config, slice(jax.process_index(), None, jax.process_count())
   sums = perplexity.accumulator(make_nll(r.cfg, c.train.loss_chunk), r.data.tokenizer.token_bytes, r.data.token_counts,
                                 len(r.data.validation.domains))
+  sums = jax.jit(sums, out_shardings=sharding.replicated(r.mesh))   # so that every process can read them
   def evaluate(params):
     batches = batching.eval_batches(r.data.validation, sequence_length=c.data.sequence_length, batch_size=c.eval.batch_size)
     batches = itertools.islice(batches, c.eval.max_batches or None)
-    return perplexity.evaluate(sums, params, (_arrays(batch, r.mesh) for batch in batches), r.data.validation.domains)
+    shares = ({name: rows[mine] for name, rows in batch.items()} for batch in batches)
+    return perplexity.evaluate(sums, params, (_arrays(share, r.mesh) for share in shares), r.data.validation.domains)
   return evaluate
 
 
-def _require_finite(row: dict, step: int, batch: dict, checkpoints: orbax.Checkpoints) -> None:
+def _finite(step: int, row: dict, ids: np.ndarray, checkpoints: orbax.Checkpoints) -> dict:
+  """The row as floats, or NonFiniteLoss."""
+  row = {name: float(value) for name, value in row.items()}
   bad = [name for name in ('loss', 'grad_norm') if not math.isfinite(row[name])]
   if not bad:
-    return
+    return row
   checkpoints.wait()
   good = checkpoints.latest
   raise NonFiniteLoss(
-      f'step {step}: {" and ".join(bad)} not finite ({row}); the batch is rows {batch["rows"].tolist()} of the packed training '
+      f'step {step}: {" and ".join(bad)} not finite ({row}); the batch is rows {ids.tolist()} of the packed training '
       f'split; last good checkpoint: {"none" if good is None else f"step {good}"}. '
       'Lower optimizer.learning_rate or optimizer.clip_norm.')
+
+
+@contextlib.contextmanager
+def _checkpoints(workdir: Path, keep: int):
+  """The run's checkpoints; what is being saved is on disk when the context ends, however it ends."""
+  checkpoints = orbax.Checkpoints(workdir / 'checkpoints', keep=keep)
+  try:
+    yield checkpoints
+  finally:
+    with _saving(workdir):
+      checkpoints.wait()
+      checkpoints.close()
+
+
+@contextlib.contextmanager
+def _saving(workdir: Path):
+  """Whatever a full disk makes of saving becomes one OSError; Ctrl-C waits until it is done."""
+  try:
+    with _later(signal.SIGINT, signal.SIGTERM):
+      yield
+  except (OSError, ValueError) as error:   # ValueError: TensorStore's, also for what the operating system refuses
+    raise OSError(f'{workdir}: the checkpoint cannot be written ({str(error).strip().splitlines()[0][:300]}); {metrics.GOES_ON}') from error
+
+
+@contextlib.contextmanager
+def _later(*numbers: int):
+  """Calls this process's handlers of signals that come within the context at its end."""
+  caught = []
+  in_main = threading.current_thread() is threading.main_thread()
+  handlers = {number: handler for number in numbers if in_main and callable(handler := signal.getsignal(number))}
+  for number in handlers:
+    signal.signal(number, lambda *args: caught.append(args))
+  try:
+    yield
+  finally:
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    for args in caught:
+      handlers[args[0]](*args)
+
+
+def quiet_orbax() -> None:
+  """Leaves what Orbax tells of every save out of the log, and of one that failed, which comes as an exception; its warnings stay."""
+  def keep(record):
+    return record.levelno == stdlib_logging.WARNING or not ('orbax' in record.pathname or record.name == 'asyncio')
+  logging.get_absl_handler().addFilter(keep)
 
 
 @contextlib.contextmanager

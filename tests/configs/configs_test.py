@@ -6,16 +6,15 @@ import pathlib
 import pytest
 
 from experiments import best_learning_rates, manifest
-from gemma4_jax import config as model_config
-from gemma4_jax import size
+from gemma4_jax import config as model_config, config_file, size
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(path.stem for path in (ROOT / 'configs').glob('[!_]*.py'))
 
 
 def expand(flag):
-  module, arg = manifest.load(str(ROOT / 'configs' / flag))
-  return manifest.expand(manifest.get_config(module, arg), manifest.get_sweep(module, arg), manifest.get_metrics(module))
+  module, arg = config_file.load(str(ROOT / 'configs' / flag))
+  return manifest.expand(config_file.get_config(module, arg), manifest.get_sweep(module, arg), manifest.get_metrics(module))
 
 
 @pytest.mark.parametrize('name', FILES)

@@ -235,6 +235,23 @@ def test_what_cannot_become_a_corpus_is_said_in_one_line(overrides, message, tmp
   assert '\n' not in str(e.value)
 
 
+def test_files_without_text_are_named(tmp_path):
+  (tmp_path / 'a.txt').write_text(' \n')
+  (tmp_path / 'b.txt').write_text('')
+  with pytest.raises(ValueError, match=r"data.path='.*/\*.txt': no text in any of its documents"):
+    corpus.prepare(config(tmp_path, source='text', path=f'{tmp_path}/*.txt'))
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+  write_texts(tmp_path / 'texts')
+  def read_bytes(self):
+    raise PermissionError(13, 'Permission denied', str(self))
+  monkeypatch.setattr(pathlib.Path, 'read_bytes', read_bytes)   # the superuser may read anything
+  with pytest.raises(ValueError, match='data.path: cannot read .*Permission denied') as e:
+    corpus.prepare(config(tmp_path))
+  assert '\n' not in str(e.value)
+
+
 def test_half_a_surrogate_pair_is_named_with_its_place(tmp_path):
   path = tmp_path / 'a.jsonl'
   path.write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')

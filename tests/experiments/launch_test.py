@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import rich.console
 
 from configs import base
 from experiments import launch, manifest, progress
+from gemma4_jax import hardware
 
 ROOT = pathlib.Path(launch.__file__).parents[1]
 SWEEP = [{'seed': seed, 'arm': arm, 'model.embedding': arm} for seed in range(2) for arm in ('none', 'ple')]
@@ -39,9 +41,11 @@ def sweep(tmp_path):
   points = manifest.expand(config(), SWEEP)
   manifest.write(points, tmp_path)
 
-  def run(script, jobs=2, points=points):
+  def run(script, jobs=2, points=points, starting=lambda point: None):
     out = io.StringIO()
-    command = lambda point: [sys.executable, '-c', CHILD + script, point.name, str(tmp_path / point.folder)]
+    def command(point):
+      starting(point)
+      return [sys.executable, '-c', CHILD + script, point.name, str(tmp_path / point.folder)]
     failures = launch.run_sweep(points, tmp_path, jobs=jobs, command=command, console=rich.console.Console(file=out))
     return failures, out.getvalue()
 
@@ -96,23 +100,18 @@ def test_each_job_has_cores_of_its_own(sweep):
 
 
 def test_a_point_that_another_process_runs_is_left_to_it(sweep):
-  folder = sweep.folders[0]
-  folder.mkdir()
-  release = threading.Event()
-  def other():
-    with launch._lock(folder) as held:
-      assert held
-      release.wait()
-      (folder / 'DONE').write_text(json.dumps({'metrics': {}, 'costs': {}}))
-  thread = threading.Thread(target=other)
-  thread.start()
-  threading.Timer(1.0, release.set).start()
-  try:
-    failures, _ = sweep('done()')
-  finally:
-    release.set()
-    thread.join()
-  assert failures == {} and starts(sweep.folders) == [0, 1, 1, 1]
+  first = sweep.folders[0]
+  first.mkdir()
+  with contextlib.ExitStack() as other:
+    assert other.enter_context(launch._lock(first))
+    started = []
+    def starting(point):   # the other process is done when all the rest has started
+      started.append(point.name)
+      if len(started) == 3:
+        (first / 'DONE').write_text(json.dumps({'metrics': {}, 'costs': {}}))
+        other.close()
+    failures, _ = sweep('done()', starting=starting)
+  assert failures == {} and starts(sweep.folders) == [0, 1, 1, 1] and len(started) == 3
 
 
 def test_an_interrupt_stops_the_children(sweep):
@@ -128,6 +127,20 @@ def test_an_interrupt_stops_the_children(sweep):
   for folder in sweep.folders[:2]:
     with pytest.raises(ProcessLookupError):
       os.kill(int((folder / 'pid').read_text()), 0)
+
+
+def test_children_start_with_the_environment_that_is_fast_on_a_cpu_but_for_what_the_user_set(sweep, monkeypatch):
+  script = '(folder / "tunables").write_text(os.environ.get("GLIBC_TUNABLES", "")); done()'
+  said = lambda: {(folder / 'tunables').read_text() for folder in sweep.folders}
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.delenv('GLIBC_TUNABLES', raising=False)
+  sweep(script)
+  assert said() == {hardware.cpu_environment().get('GLIBC_TUNABLES', '')}
+  for folder in sweep.folders:
+    (folder / 'DONE').unlink()
+  monkeypatch.setenv('GLIBC_TUNABLES', 'glibc.malloc.check=1')
+  sweep(script)
+  assert said() == {'glibc.malloc.check=1'}
 
 
 def test_a_run_that_raises_leaves_one_line_and_the_traceback(sweep, tmp_path, capsys):
@@ -185,9 +198,18 @@ def test_what_the_check_refuses_writes_no_manifest(sweep, tmp_path):
   assert not (tmp_path / 'new' / manifest.FILE).exists()
 
 
-def test_the_trainer_is_asked_about_every_arm_before_anything_runs():
-  with pytest.raises(manifest.Error, match=r'point 1 \(short\): optimizer.warmup_steps'):
-    launch.check_runs(manifest.expand(config(), [{'arm': 'long'}, {'arm': 'short', 'train.steps': 5}]))
+@pytest.mark.parametrize('fields, said', [
+    ({'train.steps': 5}, 'optimizer.warmup_steps'),
+    ({'model.vocab_size': 64}, 'data.vocab_size: 4096 is not model.vocab_size = 64'),
+    ({'data.sequence_length': 4096}, 'data.sequence_length: 4096 is over model.context_length')], ids=str)
+def test_the_trainer_is_asked_about_every_arm_before_anything_runs(fields, said):
+  points = manifest.expand(config(), [{'arm': 'good'}, {'arm': 'bad', **fields}])
+  assert launch._refused(points).startswith(f'point 1 (bad): {said}')
+
+
+def test_what_the_trainer_refuses_is_refused_from_a_process_of_its_own():
+  with pytest.raises(manifest.Error, match=r'point 0 \(default\): optimizer.warmup_steps'):
+    launch.check_runs(manifest.expand(config(steps=5), [{}]))
 
 
 def test_a_folder_that_cannot_be_written_is_refused(sweep, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from configs import base
 from experiments import manifest
-from gemma4_jax import config as model_config, match
+from gemma4_jax import config as model_config, config_file, match
 
 CONFIGS = sorted(path for path in (pathlib.Path(manifest.__file__).parents[1] / 'configs').glob('*.py') if path.stem != '__init__')
 ARMS = [{'seed': seed, 'arm': arm, 'model.embedding': arm} for seed in range(2) for arm in ('none', 'ple')]
@@ -43,9 +43,9 @@ def test_a_point_holds_the_whole_config_with_its_overrides():
 
 def test_a_config_without_a_sweep_is_one_point(tmp_path):
   (tmp_path / 'one.py').write_text('from configs import base\ndef get_config(arg="e2b-toy"):\n  return base.get_config(arg)\n')
-  module, arg = manifest.load(str(tmp_path / 'one.py'))
+  module, arg = config_file.load(str(tmp_path / 'one.py'))
   assert (manifest.get_sweep(module, arg), manifest.get_metrics(module)) == ([{}], [])
-  only, = manifest.expand(manifest.get_config(module, arg), [{}])
+  only, = manifest.expand(config_file.get_config(module, arg), [{}])
   assert (only.arm, only.seed, only.metrics) == ('default', 0, ['eval/bits_per_byte'])
 
 
@@ -56,7 +56,7 @@ def test_an_arm_without_a_label_is_named_after_what_it_sets():
 
 def test_a_sweep_may_ask_for_the_configs_argument(tmp_path):
   (tmp_path / 'c.py').write_text('def get_config(arg="a"):\n  pass\ndef sweep(add, arg):\n  add({"arm": arg})\n')
-  assert manifest.get_sweep(*manifest.load(f'{tmp_path / "c.py"}:big')) == [{'arm': 'big'}]
+  assert manifest.get_sweep(*config_file.load(f'{tmp_path / "c.py"}:big')) == [{'arm': 'big'}]
 
 
 def test_the_primary_metric_comes_first():
@@ -72,8 +72,6 @@ def test_the_primary_metric_comes_first():
     ({'model.window': 0}, 'model.window: 0 is not positive'),
     ({'model.num_kv_shared_layers': 10}, 'model.num_kv_shared_layers: 10 leaves none'),
     ({'model.num_kv_heads': 3}, 'model.num_kv_heads: 3 does not divide'),
-    ({'model.vocab_size': 64}, 'data.vocab_size = 4096 is not model.vocab_size = 64'),
-    ({'data.sequence_length': 4096}, 'model.context_length'),
     ({'match.metric': 'parms'}, "match.metric: 'parms' .*did you mean"),
 ])
 def test_a_point_that_cannot_run_is_refused_in_one_line(overrides, said):
@@ -146,7 +144,7 @@ def test_arms_with_one_config_are_told():
 
 def test_a_missing_config_file_answers_with_the_nearest():
   with pytest.raises(manifest.Error, match=r'no such file; did you mean .*configs/ple.py'):
-    manifest.load(f'{CONFIGS[0].parent}/plee.py')
+    config_file.load(f'{CONFIGS[0].parent}/plee.py')
 
 
 @pytest.mark.parametrize('text, said', [
@@ -158,14 +156,14 @@ def test_a_missing_config_file_answers_with_the_nearest():
 def test_an_error_in_a_config_file_names_file_and_line(tmp_path, text, said):
   (tmp_path / 'broken.py').write_text(text)
   with pytest.raises(manifest.Error, match=rf'broken.py.*{said}') as e:
-    manifest.get_config(*manifest.load(str(tmp_path / 'broken.py')))
+    config_file.get_config(*config_file.load(str(tmp_path / 'broken.py')))
   assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_point_of_every_config_file_builds(path):
-  module, arg = manifest.load(str(path))
-  found = manifest.expand(manifest.get_config(module, arg), manifest.get_sweep(module, arg), manifest.get_metrics(module))
+  module, arg = config_file.load(str(path))
+  found = manifest.expand(config_file.get_config(module, arg), manifest.get_sweep(module, arg), manifest.get_metrics(module))
   for point in found:
     assert model_config.from_dict(point.config['model']).layers
     assert point.match is None or abs(point.match['mismatch']) <= 0.01

@@ -113,6 +113,12 @@ def test_failed_missing_and_unfinished_runs_are_listed_and_leave_the_pairs(tmp_p
   assert valid and 'NonFiniteLoss: step 3' in said and '2/3' in said and '0/3' in said
 
 
+def test_every_run_of_the_results_names_its_data(tmp_path):
+  make(tmp_path, SWEEP[:2])
+  assert [(r['corpus_hash'], r['tokenizer_hash'], r['metrics']['eval/bits_per_byte']) for r in analyse(tmp_path)['runs']] == [
+      ('c', 't', 2.0), ('c', 't', 1.9)]
+
+
 def test_one_pair_gets_no_verdict(tmp_path):
   make(tmp_path, SWEEP[:2])
   assert comparison(analyse(tmp_path), 'ple')['verdict'] == 'n=1: no verdict'

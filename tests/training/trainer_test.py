@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 from configs import base
 from gemma4_jax import metrics
 from gemma4_jax.training import optimizer, trainer
+from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[2]
 CLOCK = {'tokens_per_s', 'mfu'}
@@ -79,11 +81,12 @@ def test_microbatches_and_scan_and_remat_give_the_step_of_the_whole_batch(corpus
     cfg = trainer.model_config.from_dict({**c.model, **model})
     params = trainer.transformer.init(cfg, 0)
     state = trainer.State(jnp.zeros((), jnp.int32), params, tx.init(params))
-    state, row = jax.jit(trainer.make_step(cfg, tx, accumulate=accumulate, loss_chunk=50))(state, batch)
+    state, row = quick.jit(trainer.make_step(cfg, tx, accumulate=accumulate, loss_chunk=50))(state, batch)
     return trainer.transformer.unstack(cfg, state.params) if cfg.scan else state.params, row
 
   params, row = stepped()
-  for other, other_row in (stepped(accumulate=2), stepped(scan=True), stepped(remat='full'), stepped(accumulate=4, scan=True, remat='dots')):
+  for other, other_row in (stepped(accumulate=2), stepped(scan=True), stepped(remat='full'),
+                           stepped(accumulate=4, scan=True, remat='dots')):
     np.testing.assert_allclose(other_row['loss'], row['loss'], rtol=1e-6)
     np.testing.assert_allclose(other_row['grad_norm'], row['grad_norm'], rtol=1e-4)
     moved = jax.tree.map(lambda a, b: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)), other, params)
@@ -96,9 +99,9 @@ def _command(c, workdir, corpus):
   return [sys.executable, '-m', 'gemma4_jax.cli.train', '--config=configs/base.py:e2b-toy', f'--workdir={workdir}', *flags]
 
 
-def _start(command):
+def _start(command, **environment):
   return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir})
+                          env={**os.environ, **environment})
 
 
 def _kill_when(command, reached):
@@ -128,13 +131,100 @@ def test_killed_while_training_and_while_saving_it_ends_in_the_same_bits(corpus,
   assert json.loads((cut / 'DONE').read_text())['metrics'] == whole['metrics']
 
 
+SMALLER = {'model.num_layers': 2, 'model.num_kv_shared_layers': 0}
+DIVERGING = {'optimizer.learning_rate': 1e30, 'optimizer.embedding_learning_rate': 1e30, 'optimizer.clip_norm': 0.0}
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoint(corpus, tmp_path):
-  c = tiny(corpus, **{'optimizer.learning_rate': 1e30, 'optimizer.embedding_learning_rate': 1e30, 'train.checkpoint_every': 1,
-                      'optimizer.clip_norm': 0.0})
+  c = tiny(corpus, **DIVERGING, **{'train.checkpoint_every': 1})
   with pytest.raises(trainer.NonFiniteLoss, match=r'step \d+: .*not finite.*rows \[\[0, \d+\].*last good checkpoint: step \d+'):
     trainer.run(c, tmp_path / 'run')
   assert not (tmp_path / 'run' / 'DONE').exists()
   assert all(np.isfinite(row['loss']) for row in rows(tmp_path / 'run'))
+
+
+def test_the_first_step_that_went_wrong_is_named_also_between_logged_ones(corpus, tmp_path):
+  said = []
+  for every in (1, 12):
+    with pytest.raises(trainer.NonFiniteLoss) as error:
+      trainer.run(tiny(corpus, **DIVERGING, **{'train.log_every': every, 'train.checkpoint_every': 12}), tmp_path / str(every))
+    said.append(str(error.value))
+  assert said[0] == said[1] and 'last good checkpoint: none' in said[0]
+
+
+def test_bfloat16_computes_and_float32_is_what_is_trained_and_saved(corpus, tmp_path):
+  whole, half = (trainer.run(tiny(corpus, **SMALLER, **{'model.dtype': dtype}), tmp_path / dtype) for dtype in ('float32', 'bfloat16'))
+  assert whole['fingerprint'] != half['fingerprint']
+  assert half['metrics']['train/loss'] == pytest.approx(whole['metrics']['train/loss'], rel=0.02)
+  leaves = final_state(tmp_path / 'bfloat16', 12)
+  assert {leaf.dtype for leaf in leaves} == {np.dtype('float32'), np.dtype('int32')}
+  assert any(np.any(leaf.view(np.uint32) & 0xFFFF) for leaf in leaves if leaf.dtype == np.float32)   # not rounded on the way
+
+
+def test_a_field_without_effect_leaves_the_fingerprint_and_an_arm_with_one_does_not(corpus, tmp_path):
+  prints = {}
+  arms = {'none': {}, 'more buckets of no bigrams': {'model.bigram_buckets': 7}, 'bigram': {'model.embedding': 'bigram'}}
+  for name, fields in arms.items():
+    c = tiny(corpus, **{**SMALLER, 'model.embedding': 'none', 'train.steps': 1, 'optimizer.warmup_steps': 0, 'eval.max_batches': 1,
+                        **fields})
+    prints[name] = trainer.run(c, tmp_path / name)['fingerprint']
+  assert prints['none'] == prints['more buckets of no bigrams'] != prints['bigram']
+
+
+def test_a_full_disk_names_the_row_and_the_way_on_and_the_run_then_goes_on(corpus, tmp_path, monkeypatch):
+  c = tiny(corpus)
+  trainer.run(c, tmp_path / 'whole')
+  class Full(metrics.Writer):
+    def write(self, row):
+      if row['step'] == 6:
+        self._file = open('/dev/full', 'ab', buffering=0)
+      super().write(row)
+  with monkeypatch.context() as patch:
+    patch.setattr(metrics, 'Writer', Full)
+    with pytest.raises(OSError, match='metrics.jsonl: the row of step 6 cannot be written .No space left on device.; once it can'):
+      trainer.run(c, tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'DONE').exists()
+  trainer.run(c, tmp_path / 'run')
+  assert rows(tmp_path / 'run') == rows(tmp_path / 'whole')
+
+
+def test_a_checkpoint_that_cannot_be_saved_is_one_error_that_names_the_folder(corpus, tmp_path, monkeypatch):
+  def save(self, *args):
+    raise ValueError('RESOURCE_EXHAUSTED: no space\nof TensorStore')
+  monkeypatch.setattr(trainer.orbax.Checkpoints, 'save', save)
+  with pytest.raises(OSError, match='run: the checkpoint cannot be written .RESOURCE_EXHAUSTED: no space.; once it can') as error:
+    trainer.run(tiny(corpus), tmp_path / 'run')
+  assert '\n' not in str(error.value)
+
+
+PROCESS = '''
+import json, pathlib, sys
+import jax, ml_collections
+from gemma4_jax.training import trainer
+port, count, index, config, workdir = sys.argv[1:]
+jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
+trainer.run(ml_collections.ConfigDict(json.loads(config)), pathlib.Path(workdir))
+'''
+
+
+def test_two_processes_on_a_mesh_train_and_evaluate_as_one_does(corpus, tmp_path):
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+
+  fields = {**SMALLER, 'train.steps': 3, 'model.num_kv_heads': 2, 'model.global_num_kv_heads': 2, 'eval.batch_size': 8}
+  c = tiny(corpus, **fields, **{'mesh.fsdp': 2, 'mesh.tensor': 2})
+  both = [_start([sys.executable, '-c', PROCESS, str(port), '2', str(index), c.to_json(), str(tmp_path / 'two')],
+                 XLA_FLAGS='--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0') for index in range(2)]
+  outs = [process.communicate()[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], outs
+  trainer.run(tiny(corpus, **fields), tmp_path / 'one')
+  one, two = (rows(tmp_path / name, CLOCK | {'fingerprint'}) for name in ('one', 'two'))
+  assert len(one) == len(two) == 3 and one[-1]['eval/tokens'] == two[-1]['eval/tokens'] > 0
+  for a, b in zip(one, two):
+    assert a.keys() == b.keys()
+    np.testing.assert_allclose([*b.values()], [*a.values()], rtol=2e-4)
+  assert json.loads((tmp_path / 'two' / 'env.json').read_text())['processes'] == 2
 
 
 def test_a_folder_of_another_config_is_refused_and_left_as_it_was(corpus, tmp_path):
@@ -146,10 +236,15 @@ def test_a_folder_of_another_config_is_refused_and_left_as_it_was(corpus, tmp_pa
 
 
 @pytest.mark.parametrize('field, value, match', [
-    ('model.window', 0, 'model.window: 0'), ('model.num_kv_heads', 3, 'model.num_kv_heads: 3 does not divide'),
-    ('model.num_kv_shared_layers', 4, 'model.num_kv_shared_layers'), ('data.vocab_size', 400, 'data.vocab_size: 400 is not model.vocab_size'),
-    ('data.sequence_length', 4096, 'data.sequence_length: 4096 is over'), ('data.path', 'nowhere/*.jsonl', 'data.path.*matches no file'),
-    ('train.steps', 0, 'train.steps: 0'), ('mesh.fsdp', 3, 'mesh: .*fsdp=3'), ('optimizer.accumulate', 3, 'data.batch_size: 4 does not divide')])
+    ('model.window', 0, 'model.window: 0'),
+    ('model.num_kv_heads', 3, 'model.num_kv_heads: 3 does not divide'),
+    ('model.num_kv_shared_layers', 4, 'model.num_kv_shared_layers'),
+    ('data.vocab_size', 400, 'data.vocab_size: 400 is not model.vocab_size'),
+    ('data.sequence_length', 4096, 'data.sequence_length: 4096 is over'),
+    ('data.path', 'nowhere/*.jsonl', 'data.path.*matches no file'),
+    ('train.steps', 0, 'train.steps: 0'),
+    ('mesh.fsdp', 3, 'mesh: .*fsdp=3'),
+    ('optimizer.accumulate', 3, 'data.batch_size: 4 does not divide')])
 def test_what_cannot_run_is_one_line_that_names_the_field(corpus, tmp_path, field, value, match):
   with pytest.raises(ValueError, match=match) as error:
     trainer.run(tiny(corpus, **{field: value}), tmp_path / 'run')
@@ -161,22 +256,3 @@ def test_a_workdir_that_cannot_be_written_is_one_line(corpus, tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match='workdir: .*cannot be written'):
     trainer.run(tiny(corpus), tmp_path / 'file' / 'run')
-
-
-def test_rows_after_a_torn_line_come_again(tmp_path):
-  c = base.get_config()
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 3, "lo')
-  writer = metrics.Writer(tmp_path, 1, c)
-  writer.write({'step': 2, 'loss': 1.25})
-  writer.close()
-  assert metrics.read_rows(tmp_path / 'metrics.jsonl') == [{'step': 1, 'loss': 2.0}, {'step': 2, 'loss': 1.25}]
-
-
-def test_tensorboard_gets_the_rows(tmp_path):
-  pytest.importorskip('tensorboardX')
-  c = base.get_config()
-  c.train.tensorboard = True
-  writer = metrics.Writer(tmp_path, 0, c)
-  writer.write({'step': 1, 'loss': 2.0})
-  writer.close()
-  assert b'loss' in next((tmp_path / 'tensorboard').glob('events*')).read_bytes()

@@ -1,0 +1,94 @@
+"""What `experiments.speed` measures of sampling: greedy decoding and prefill, ours and the peer's, each in a process of its own."""
+
+import sys
+import time
+
+PROMPT, NEW = 512, 64   # tokens of a prompt; tokens decoded after it
+
+
+def ours(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
+  import jax
+
+  from configs import base
+  from gemma4_jax import hardware, size
+  from gemma4_jax.model import transformer
+  from gemma4_jax.sampling import generate
+  from gemma4_jax.sampling.sampler import GREEDY
+  begin = time.perf_counter()
+  cfg = generate.fastest(base.models()[name].replace(dtype=dtype, param_dtype=dtype))
+  params = transformer.init(cfg, 0)
+  jax.block_until_ready(params)
+  init_seconds = time.perf_counter() - begin
+  ids = _ids(cfg, batch)
+  prefill, decode = [], []
+  for _ in range(repeats + 1):   # the first compiles
+    session = generate.Session(cfg, params, batch, PROMPT + NEW)
+    begin = time.perf_counter()
+    session.append(ids)
+    jax.block_until_ready(session._logits)
+    prefill.append(time.perf_counter() - begin)
+    if what == 'prefill' and len(prefill) > 1:
+      continue
+    session_steps = session.generate(NEW, sampling=GREEDY, stop_ids=(), every=NEW)
+    begin = time.perf_counter()
+    next(session_steps)
+    decode.append(time.perf_counter() - begin)
+  step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch)
+  result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'path': f'{cfg.matvec} matvec',
+            'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
+            'peak_memory_bytes': hardware.peak_memory_bytes()}
+  if what == 'prefill':
+    peak = hardware.measure_matmul(dtype=dtype)
+    flops = size.forward_flops(cfg, PROMPT) * batch * PROMPT
+    best = _median(prefill[1:])
+    return result | {'tokens_per_s': batch * PROMPT / best, 'matmul_peak_flops': peak, 'share_of_limit': flops / best / peak,
+                     'limit': 'FLOPs of a full forward pass over the measured matmul peak; layers that borrow K/V are skipped'}
+  bandwidth = hardware.measure_bandwidth()
+  seconds = _median(decode[1:]) / (NEW - 1)
+  return result | {'tokens_per_s': batch / seconds, 'bytes_per_step': step_bytes, 'bandwidth': bandwidth,
+                   'share_of_limit': step_bytes / seconds / bandwidth,
+                   'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
+
+
+def hf(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
+  try:
+    import torch
+    import transformers
+  except ImportError as error:
+    sys.exit(f"error: --peer=hf: {error}: pip install 'gemma4_jax[peer]'")
+  from configs import base
+  from gemma4_jax import hardware
+  from gemma4_jax.checkpoint import hf as names
+  cfg = base.models()[name]
+  device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.set_default_dtype(getattr(torch, dtype))
+  fields = {**names.config_to_hf(cfg), 'attn_implementation': 'sdpa'}
+  model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields)).to(device).eval()
+  ids = torch.tensor(_ids(cfg, batch), dtype=torch.long, device=device)
+  settings = dict(attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+
+  def run(new):
+    begin = time.perf_counter()
+    with torch.inference_mode():
+      out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **settings)
+    assert out.shape == (batch, PROMPT + new)
+    return time.perf_counter() - begin
+
+  run(2)
+  prefill = _median([run(1) for _ in range(repeats)])
+  result = {'library': f'torch {torch.__version__}, transformers {transformers.__version__}', 'device': device,
+            'path': model.config._attn_implementation, 'peak_memory_bytes': hardware.peak_process_bytes()}
+  if what == 'prefill':
+    return result | {'tokens_per_s': batch * PROMPT / prefill}
+  seconds = (_median([run(NEW) for _ in range(repeats)]) - prefill) / (NEW - 1)
+  return result | {'tokens_per_s': batch / seconds}
+
+
+def _ids(cfg, batch):
+  import numpy as np
+  return np.random.default_rng(0).integers(3, cfg.vocab_size, (batch, PROMPT)).astype(np.int32)
+
+
+def _median(values):
+  import statistics
+  return statistics.median(values)

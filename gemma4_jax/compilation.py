@@ -1,0 +1,38 @@
+"""XLA's compiled programs: kept on disk between processes, and the seconds they take to make."""
+
+import functools
+import os
+import pathlib
+import time
+
+import jax
+
+_spans: list[tuple[float, float]] = []   # (start, end) of what was traced or compiled, apart from each other
+
+
+def keep() -> None:
+  """Turns JAX's persistent compilation cache on: in its own $JAX_COMPILATION_CACHE_DIR, or in `xla` of this package's cache."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = pathlib.Path(os.environ.get('GEMMA4_JAX_CACHE') or '~/.cache/gemma4_jax').expanduser()
+    jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)   # small programs are many
+
+
+def seconds() -> float:
+  """Time that this process spent tracing and compiling (or reading what was kept) since the first call."""
+  _listen()
+  return sum(end - start for start, end in _spans)
+
+
+@functools.cache
+def _listen():
+  jax.monitoring.register_event_duration_secs_listener(_add)
+
+
+def _add(event: str, duration: float, **_) -> None:
+  if event.startswith('/jax/core/compile/'):
+    end = time.perf_counter()
+    start = end - duration
+    while _spans and _spans[-1][1] > start:   # a function's time holds that of the functions it calls
+      start = min(start, _spans.pop()[0])
+    _spans.append((start, end))

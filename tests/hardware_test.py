@@ -1,0 +1,49 @@
+"""What a launcher asks about the machine."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gemma4_jax import hardware
+
+
+@pytest.fixture
+def linux(monkeypatch):
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setattr(hardware.glob, 'glob', lambda pattern: [])
+  for name in ('JAX_PLATFORMS', 'GLIBC_TUNABLES'):
+    monkeypatch.delenv(name, raising=False)
+  return monkeypatch
+
+
+def test_a_cpu_under_linux_gets_huge_pages(linux):
+  assert hardware.cpu_environment() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+
+
+def test_accelerators_other_systems_and_users_with_tunables_of_their_own_get_nothing(linux):
+  with linux.context() as patch:
+    patch.setattr(sys, 'platform', 'darwin')
+    assert hardware.cpu_environment() == {}
+  with linux.context() as patch:
+    patch.setenv('GLIBC_TUNABLES', '')
+    assert hardware.cpu_environment() == {}
+  linux.setattr(hardware.glob, 'glob', lambda pattern: ['/dev/nvidia0'] if 'nvidia' in pattern else [])
+  assert hardware.has_accelerator() and hardware.cpu_environment() == {}
+  linux.setenv('JAX_PLATFORMS', 'cpu')
+  assert not hardware.has_accelerator() and hardware.cpu_environment()
+
+
+def test_the_record_holds_what_was_set(linux):
+  linux.setenv('GLIBC_TUNABLES', 'glibc.malloc.hugetlb=1')
+  assert hardware.environment()['GLIBC_TUNABLES'] == 'glibc.malloc.hugetlb=1'
+
+
+def test_a_matmul_has_a_rate_and_a_process_a_peak():
+  assert hardware.measure_matmul(size=64, repeats=1) > 0
+  assert hardware.peak_process_bytes() > 1 << 20
+
+
+def test_a_launcher_can_ask_without_jax():
+  code = 'import sys, gemma4_jax.hardware as h; h.cpu_environment(); h.cores(); sys.exit("jax" in sys.modules)'
+  assert subprocess.run([sys.executable, '-c', code]).returncode == 0
