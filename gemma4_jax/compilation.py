@@ -1,11 +1,11 @@
 """XLA's compiled programs: kept on disk between processes, and the seconds they take to make."""
 
 import functools
-import os
-import pathlib
 import time
 
 import jax
+
+from gemma4_jax import paths
 
 _spans: list[tuple[float, float]] = []   # (start, end) of what was traced or compiled, apart from each other
 
@@ -13,8 +13,7 @@ _spans: list[tuple[float, float]] = []   # (start, end) of what was traced or co
 def keep() -> None:
   """Turns JAX's persistent compilation cache on: in its own $JAX_COMPILATION_CACHE_DIR, or in `xla` of this package's cache."""
   if jax.config.jax_compilation_cache_dir is None:
-    cache = pathlib.Path(os.environ.get('GEMMA4_JAX_CACHE') or '~/.cache/gemma4_jax').expanduser()
-    jax.config.update('jax_compilation_cache_dir', str(cache / 'xla'))
+    jax.config.update('jax_compilation_cache_dir', str(paths.cache() / 'xla'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)   # small programs are many
 
 

@@ -1,11 +1,11 @@
 """Tests run on the CPU, and keep XLA's compiled programs between runs: compiling is most of their time."""
 
 import os
-import pathlib
 
-_CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'gemma4_jax' / 'xla_tests'
+from gemma4_jax import paths
+
 # In the environment, so that the processes that tests start share the cache and its rules.
-for name, value in {'PLATFORMS': 'cpu', 'COMPILATION_CACHE_DIR': _CACHE, 'COMPILATION_CACHE_MAX_SIZE': 2**30,
+for name, value in {'PLATFORMS': 'cpu', 'COMPILATION_CACHE_DIR': paths.cache() / 'xla_tests', 'COMPILATION_CACHE_MAX_SIZE': 2**30,
                     'PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': 0.1, 'PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': -1}.items():
   os.environ.setdefault(f'JAX_{name}', str(value))
 

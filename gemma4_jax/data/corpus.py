@@ -23,6 +23,7 @@ import numpy as np
 from rich import progress as rich_progress
 import rich.console
 
+from gemma4_jax import paths
 from gemma4_jax.data import sources, tokenizer as tokenizer_lib
 
 SPLITS = ('train', 'validation')
@@ -93,7 +94,7 @@ def prepare(cfg, progress: bool = True) -> Dataset:
   identity = [_FORMAT, cfg.source, cfg.path, cfg.text_field, tokenizer and tokenizer.hash, cfg.vocab_size,
               cfg.validation_fraction, cfg.max_bytes, cfg.source == 'stdlib' and sys.version, fingerprint]
   key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-  root = pathlib.Path(cfg.cache_dir or os.environ.get('GEMMA4_JAX_CACHE') or '~/.cache/gemma4_jax').expanduser()
+  root = pathlib.Path(cfg.cache_dir).expanduser() if cfg.cache_dir else paths.cache()
   folder = root / f'corpus-{key}'
   build = root / f'.building-{uuid.uuid4().hex}'
   try:

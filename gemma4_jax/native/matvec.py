@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+from gemma4_jax import paths
+
 MAX_ROWS = 8
 _SOURCE = Path(__file__).with_suffix('.cc')
 _FLAGS = ('-O3', '-march=native', '-std=c++17', '-fPIC', '-shared', '-ffp-contract=fast')
@@ -59,8 +61,7 @@ def _build() -> Path:
     raise RuntimeError('no C++ compiler: none of g++, clang++ and c++ is on PATH')
   # the file is for this machine, this jaxlib and this source alone
   version = '\n'.join([_SOURCE.read_text(), jaxlib.__version__, compiler, *_FLAGS, platform.machine(), _cpu_features()])
-  cache = Path(os.environ.get('GEMMA4_JAX_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'gemma4_jax')
-  target = cache / 'native' / f'matvec-{hashlib.sha256(version.encode()).hexdigest()[:16]}.so'
+  target = paths.cache() / 'native' / f'matvec-{hashlib.sha256(version.encode()).hexdigest()[:16]}.so'
   if target.exists():
     return target
   try:
