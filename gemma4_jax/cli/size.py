@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma4_jax import size
-from gemma4_jax.config import VARIANTS, ModelConfig, variant
+from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, ModelConfig, variant
 
 
 def costs(cfg: ModelConfig, context: int) -> dict:
@@ -37,7 +37,14 @@ def costs(cfg: ModelConfig, context: int) -> dict:
       'resident_bytes': size.resident_bytes(cfg),
       'kv_bytes': size.kv_bytes(cfg, context),
       'unified_kv_bytes': size.kv_bytes(cfg, context, unified=True),
+      'ple_placements': ple_costs(cfg),
   }
+
+
+def ple_costs(cfg: ModelConfig) -> dict:
+  """Placement -> storage of the PLE table -> its bytes (`size.placed_bytes`); empty without PLE."""
+  return {placement: {storage: size.placed_bytes(cfg.replace(ple_placement=placement, ple_table=storage)) for storage in PLE_TABLES[1:]}
+          for placement in PLE_PLACEMENTS} if cfg.embedding == 'ple' else {}
 
 
 def rows(cfgs: dict[str, ModelConfig], context: int) -> list[list[str]]:
@@ -70,9 +77,24 @@ def rows(cfgs: dict[str, ModelConfig], context: int) -> list[list[str]]:
           *([title, *(text(n[key]) if n[key] else '-' for n in numbers)] for title, key, text in kinds)]
 
 
-def markdown(cfgs: dict[str, ModelConfig], context: int) -> str:
-  header, *body = rows(cfgs, context)
-  lines = [header, ['---', *['---:'] * len(cfgs)], *([title.replace('  ', '&nbsp;&nbsp;'), *cells] for title, *cells in body)]
+def ple_rows(cfgs: dict[str, ModelConfig]) -> list[list[str]]:
+  """The table of PLE placements as text: a header, then a row a placement and storage; empty if none of the models has PLE.
+
+  For each model: weights on the accelerator, what a token reads there to make its PLE vectors, what it fetches from the host.
+  """
+  found = {name: ple_costs(cfg) for name, cfg in cfgs.items() if cfg.embedding == 'ple'}
+  if not found:
+    return []
+  text = lambda bytes, unit, digits: f'{bytes / unit:.{digits}f}' if bytes else '-'
+  cells = lambda bytes: [text(bytes['resident'], 1e9, 2), text(bytes['read'], 1e3, 1), text(bytes['fetched'], 1e3, 1)]
+  return [['PLE, kB a token', *(cell for name in found for cell in (f'{name} GB', 'read', 'fetch'))],
+          *([f'{placement} {storage}', *(cell for costs in found.values() for cell in cells(costs[placement][storage]))]
+            for placement in PLE_PLACEMENTS for storage in PLE_TABLES[1:])]
+
+
+def markdown(table: list[list[str]]) -> str:
+  header, *body = table
+  lines = [header, ['---', *['---:'] * (len(header) - 1)], *([title.replace('  ', '&nbsp;&nbsp;'), *cells] for title, *cells in body)]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
@@ -94,10 +116,12 @@ def main(argv: list[str] | None = None) -> None:
 
   if args.json:
     print(json.dumps({name: costs(cfg, args.context) for name, cfg in cfgs.items()}, indent=2))
-  elif args.markdown:
-    print(markdown(cfgs, args.context))
-  else:
-    header, *body = rows(cfgs, args.context)
+    return
+  tables = [table for table in (rows(cfgs, args.context), ple_rows(cfgs)) if table]
+  if args.markdown:
+    print('\n\n'.join(map(markdown, tables)))
+    return
+  for header, *body in tables:
     table = Table(header[0], box=box.SIMPLE)
     for name in header[1:]:
       table.add_column(name, justify='right')

@@ -118,8 +118,7 @@ class Transformer(nn.Module):
     stream = attention.Stream.make(cfg, pos_BT, seg_BT)
     last_B = jnp.maximum((seg_BT > 0).sum(1) - 1, 0) if last_only else None
 
-    scale = jnp.asarray(cfg.width**0.5, cfg.dtype)   # rounded to the compute dtype first, as released
-    x_BTD, vectors = self.arm(known_BT, prev_BT, self.embedder(known_BT) * scale)
+    x_BTD, vectors = self.embed(known_BT, prev_BT)
     out = {'embedded': x_BTD}
     if cfg.scan:
       if cache is not None or last_only:
@@ -136,10 +135,15 @@ class Transformer(nn.Module):
     out['final'] = x_BTD
     return (self.head(x_BTD) if head else x_BTD), out
 
+  def embed(self, ids_BT: jax.Array, prev_BT: jax.Array) -> tuple[jax.Array, embeddings.PerLayer]:
+    """Of ids in [0, V) and the ids before them: what the embedding arm returns."""
+    scale = jnp.asarray(self.cfg.width**0.5, self.cfg.dtype)   # rounded to the compute dtype first, as released
+    return self.arm(ids_BT, prev_BT, self.embedder(ids_BT) * scale)
+
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits [..., V] float32, soft-capped, of the normed last stream."""
     if self.cfg.tied_embeddings:
-      logits = layers.contract(x_BTD, self.embedder.table, axes=1, dtype=jnp.float32)
+      logits = layers.contract(x_BTD, self.embedder.table, axes=1, dtype=jnp.float32, rows=self.cfg.matvec)
     else:
       logits = self.unembedder(x_BTD)
     return softcap(logits.astype(jnp.float32), self.cfg.final_softcap)

@@ -20,11 +20,17 @@ import numpy as np
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import kv_cache, transformer
+from gemma4_jax.native import matvec
 from gemma4_jax.sampling import sampler
 from gemma4_jax.sampling.sampler import Sampling
 
 STOP_IDS = (1, 106, 50)   # end of text, of a turn, and before a tool's answer: the released generation configs
 PREFILL_CHUNK = 1024      # tokens of a prompt that run at once
+
+
+def fastest(cfg: ModelConfig) -> ModelConfig:
+  """`cfg` with the matvec that is fastest where it can run: native on a CPU that has a C++ compiler."""
+  return cfg.replace(matvec='xla' if matvec.why_not() else 'native')
 
 
 @struct.dataclass

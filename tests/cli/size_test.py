@@ -31,6 +31,14 @@ def test_table_shows_every_variant_with_its_numbers_and_fits_a_terminal(capsys):
   assert line['parameters'][1::2] == ['4.63', '7.46', '11.91', '25.23', '30.70']
   assert line['PLE table'][2:] == ['2.35', 'B', '2.82', 'B', '-', '-', '-']
   assert line['active'][7:9] == ['3.82', 'B']
+  assert line['host int8'][2:] == ['4.56', '27525.6', '9.1', '9.29', '55050.8', '10.9']
+  assert line['folded_host bfloat16'][2:] == ['4.53', '-', '17.9', '9.23', '-', '21.5']
+
+
+def test_models_without_ple_have_no_table_of_placements(capsys):
+  cli.main(['--variants=31b'])
+  assert 'folded' not in capsys.readouterr().out
+  assert cli.costs(config.B31, CONTEXT)['ple_placements'] == {}
 
 
 def test_json_holds_the_unrounded_numbers_of_the_variants_asked_for(capsys):
@@ -38,6 +46,7 @@ def test_json_holds_the_unrounded_numbers_of_the_variants_asked_for(capsys):
   found = json.loads(capsys.readouterr().out)
   assert list(found) == ['31b', 'e2b']
   assert found['e2b']['total_params'] == size.total(config.E2B)
+  assert found['e2b']['ple_placements']['host']['int4'] == size.placed_bytes(config.E2B.replace(ple_placement='host', ple_table='int4'))
   assert found['e2b']['mlp_dims'] == [6144, 12_288]
   assert found['31b']['forward_flops_per_token'] == size.forward_flops(config.B31, 4096)
   assert found['31b']['unified_kv_bytes'] == size.kv_bytes(config.B31, 4096, unified=True) < found['31b']['kv_bytes']

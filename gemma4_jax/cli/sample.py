@@ -1,0 +1,191 @@
+"""Continues a prompt, or answers it.
+
+  python -m gemma4_jax.cli.sample --checkpoint=DIR --prompt='The sea is' --stream
+  python -m gemma4_jax.cli.sample --checkpoint=DIR --prompt='Why is the sea salty?' --chat --thinking
+  python -m gemma4_jax.cli.sample --variant=e2b --random_weights --dtype=bfloat16 --prompt=x     (speed at full size)
+
+The text goes to standard output. Thoughts and, at the end, one line of tokens, speed (without compiling), memory and cache go to
+standard error.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import json
+import sys
+
+from gemma4_jax import config_file
+from gemma4_jax.config import VARIANTS
+
+_SAMPLING = {
+    'temperature': (float, '0 is greedy'), 'top_k': (int, 'the k likeliest tokens; 0 for all'),
+    'top_p': (float, 'the fewest tokens that hold this much probability'),
+    'min_p': (float, 'tokens at least this share as likely as the likeliest'),
+    'repetition_penalty': (float, 'of tokens that are there already; 1 for none')}
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = make_parser('sample', __doc__)
+  parser.add_argument('--prompt', required=True, help="text; '-' reads standard input")
+  parser.add_argument('--chat', action='store_true', help="the prompt is a user's message, and the model answers it")
+  parser.add_argument('--system', help='a system message before it (with --chat)')
+  parser.add_argument('--thinking', action='store_true', help='let the model think first (with --chat)')
+  parser.add_argument('--samples', type=int, default=1, help='so many continuations (default: %(default)s)')
+  how = parser.add_mutually_exclusive_group()
+  how.add_argument('--stream', action='store_true', help='print the text as it is decoded')
+  how.add_argument('--json', action='store_true', help='one JSON object: texts, tokens, log-probabilities and the numbers of the last line')
+  add_model_arguments(parser, max_new_tokens=256)
+  args = parser.parse_args(argv)
+  guard(lambda: _sample(args))
+
+
+def _sample(args):
+  if not args.chat and (args.system or args.thinking):
+    raise ValueError('--system and --thinking: need --chat')
+  if args.samples < 1 or (args.stream and args.samples > 1):
+    raise ValueError(f'--samples={args.samples}: at least one, and just one with --stream')
+  prompt = sys.stdin.read().removesuffix('\n') if args.prompt == '-' else args.prompt
+  model = load_model(args)   # JAX loads with it: it need not for --help
+
+  from gemma4_jax.data import chat
+  from gemma4_jax.sampling import text
+  if args.chat:
+    system = [{'role': 'system', 'content': args.system}] if args.system else []
+    ids = model.encode_chat([*system, {'role': 'user', 'content': prompt}], thinking=args.thinking)
+  else:
+    ids = model.encode(prompt)
+  run = model.start([ids], max_new_tokens=args.max_new_tokens, sampling=sampling(args, model), seed=args.seed, samples=args.samples,
+                    kv=args.kv, every=1 if args.stream else args.max_new_tokens)
+  if args.stream:
+    thoughts = Thoughts()
+    for kind, piece in text.Reply(model, run) if args.chat else (('content', piece) for piece, in run):
+      if kind == 'reasoning':
+        thoughts.write(piece)
+      else:
+        thoughts.end()
+        print(piece, end='', flush=True)
+    thoughts.end()
+    print()
+  done = run.finish()
+  messages = [chat.parse([i for i in row.tokens if i < model.tokenizer.vocab_size], model.tokenizer) for row in done] if args.chat else []
+  if args.json:
+    print(json.dumps({'prompt_ids': ids.tolist(), 'completions': [
+        {'text': row.text, 'tokens': row.tokens.tolist(), 'logprobs': row.logprobs.tolist(), 'stopped': row.stopped,
+         **({'message': messages[i]} if args.chat else {})} for i, row in enumerate(done)],
+        'stats': dataclasses.asdict(run.stats), 'peak_memory_bytes': _peak_memory()}, ensure_ascii=False))
+  elif not args.stream:
+    for i, row in enumerate(done):
+      if args.samples > 1:
+        print(f'--- {i + 1} of {args.samples}, mean log p {row.logprobs.mean():.3f}')
+      if args.chat and 'reasoning' in messages[i]:
+        thoughts = Thoughts()
+        thoughts.write(messages[i]['reasoning'])
+        thoughts.end()
+      print(answer(messages[i]) if args.chat else row.text, flush=True)
+  print(_told(run.stats), file=sys.stderr)
+
+
+def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog=f'python -m gemma4_jax.cli.{name}', description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.error = lambda message: sys.exit(f'error: {config_file.one_line(message)}')   # without the usage
+  return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+  model = parser.add_argument_group('model')
+  model.add_argument('--checkpoint', help="a directory: Hugging Face's, Google's Orbax tree, our export or a run's folder")
+  model.add_argument('--tokenizer', help="a tokenizer.json (default: the checkpoint's)")
+  model.add_argument('--variant', help=f'of {", ".join(VARIANTS)}; with --random_weights in place of a checkpoint')
+  model.add_argument('--random_weights', action='store_true', help="random weights and a stand-in for the tokenizer")
+  model.add_argument('--shrink', action='store_true', help='the variant at toy size')
+  model.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of weights and activations (default: as stored)')
+  model.add_argument('--kv', default='exact', help='how keys and values are kept: exact, or separate (K and V of K=V layers apart)')
+  how = parser.add_argument_group('sampling', 'Defaults are those of the checkpoint\'s generation_config.json.')
+  for name, (kind, meaning) in _SAMPLING.items():
+    how.add_argument(f'--{name}', type=kind, help=meaning)
+  how.add_argument('--seed', type=int, default=0, help='of the draws (default: %(default)s)')
+  how.add_argument('--max_new_tokens', type=int, default=max_new_tokens, help='default: %(default)s')
+
+
+def load_model(args: argparse.Namespace):
+  """The model that the flags name; what is wrong with them is said before it is read."""
+  if bool(args.checkpoint) == bool(args.variant):
+    raise ValueError('--checkpoint=DIR, or --variant=NAME with --random_weights: give one of them')
+  if bool(args.variant) != args.random_weights:
+    raise ValueError('--variant and --random_weights: need each other; weights come from a checkpoint otherwise')
+  if args.variant and args.tokenizer or args.checkpoint and args.shrink:
+    raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
+  from gemma4_jax import compilation, config
+  from gemma4_jax.sampling import text
+  from gemma4_jax.sampling.sampler import Sampling
+  Sampling(**_given(args)).check(2**31)
+  if args.max_new_tokens < 1 or not 0 <= args.seed < 2**32:
+    raise ValueError(f'--max_new_tokens={args.max_new_tokens}, --seed={args.seed}: at least 1, and from 0 to 2**32 - 1')
+  compilation.keep()
+  if args.checkpoint:
+    return text.load(args.checkpoint, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=True)
+  cfg = config.variant(args.variant)
+  return text.random(config.shrink(cfg, vocab_size=1024, context_length=4096) if args.shrink else cfg, param_dtype=args.dtype)
+
+
+def sampling(args: argparse.Namespace, model):
+  return dataclasses.replace(model.sampling, **_given(args))
+
+
+def _given(args):
+  return {name: value for name in _SAMPLING if (value := getattr(args, name)) is not None}
+
+
+def answer(message: dict) -> str:
+  """The content, and what tools it calls: there are none here."""
+  calls = [json.dumps(call['function'], ensure_ascii=False) for call in message.get('tool_calls', ())]
+  return '\n'.join(filter(None, [message['content'], *calls]))
+
+
+def guard(function: Callable[[], None]) -> None:
+  """Runs it; the user's errors end the program with one line."""
+  try:
+    function()
+  except (ValueError, ImportError, OSError) as error:
+    sys.exit(f'error: {config_file.one_line(error)}')
+  except KeyboardInterrupt:
+    print('\nstopped', file=sys.stderr)
+    sys.exit(130)
+  except RuntimeError as error:   # XLA's
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    sys.exit(f'error: out of memory; --dtype=bfloat16, fewer samples or tokens take less ({config_file.one_line(error)[:200]})')
+
+
+class Thoughts:
+  """Dimmed, in lines of their own."""
+
+  def __init__(self, stderr: bool = True):
+    from rich.console import Console
+    self._console, self._begun = Console(stderr=stderr), False
+
+  def write(self, piece: str) -> None:
+    self._console.out(piece, end='', style='dim', highlight=False)
+    self._begun = True
+
+  def end(self) -> None:
+    if self._begun:
+      self._console.out('')
+    self._begun = False
+
+
+def _told(stats) -> str:
+  rate = lambda tokens, seconds: f'{tokens / seconds:.1f}/s' if seconds > 0 else '-'
+  return (f'{stats.prompt_tokens} prompt tokens at {rate(stats.prompt_tokens, stats.prefill_seconds)}, {stats.new_tokens} new at '
+          f'{rate(stats.new_tokens, stats.decode_seconds)} (compiling: {stats.compile_seconds:.1f} s, not counted), peak memory '
+          f'{_peak_memory() / 1e9:.2f} GB, cache {stats.cache_bytes:,} bytes, kv {stats.kv}')
+
+
+def _peak_memory():
+  from gemma4_jax import hardware
+  return hardware.peak_memory_bytes()
+
+
+if __name__ == '__main__':
+  main()
