@@ -9,9 +9,12 @@ the ratio of the two.
 """
 
 import argparse
+from collections.abc import Iterator
+import itertools
 import json
 import os
 import statistics
+import sys
 import time
 
 from configs import base
@@ -20,14 +23,16 @@ from gemma4_jax import config as model_config, hardware
 PROMPT = 32
 
 
-def measure(name: str, dtype: str, tokens: int, rounds: int) -> list[dict]:
-  """A row for every placement and storage of the model `name` of configs/base.py."""
+def measure(name: str, dtype: str, kinds: list[tuple[str, str]], tokens: int, rounds: int) -> Iterator[dict]:
+  """A row for every (placement, storage) of the model `name` of configs/base.py."""
   import jax
   import numpy as np
 
+  from gemma4_jax import compilation
   from gemma4_jax.model import ple_placement, transformer
   from gemma4_jax.sampling import generate
   from gemma4_jax.sampling.sampler import GREEDY
+  compilation.keep()   # all but programs that call back
   base_cfg = base.models()[name].replace(dtype=dtype, param_dtype=dtype)
   base_params = transformer.init(base_cfg, 0)
   prompt = np.random.default_rng(0).integers(0, base_cfg.vocab_size, PROMPT).tolist()
@@ -57,7 +62,8 @@ def measure(name: str, dtype: str, tokens: int, rounds: int) -> list[dict]:
             'host_bytes': table.nbytes if table else 0, 'read_bytes_per_token': others + (0 if table else row_bytes),
             'fetched_bytes_per_token': row_bytes if table else 0}
 
-  return [row(placement, storage) for placement in model_config.PLE_PLACEMENTS for storage in model_config.PLE_TABLES]
+  for placement, storage in kinds:
+    yield row(placement, storage)
 
 
 def main(argv=None) -> None:
@@ -68,11 +74,22 @@ def main(argv=None) -> None:
   parser.add_argument('--dtype', default='bfloat16', choices=['bfloat16', 'float32'])
   parser.add_argument('--tokens', type=int, default=64, help='timed, of each')
   parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--placements', default=','.join(model_config.PLE_PLACEMENTS), help='with commas between (default: %(default)s)')
+  parser.add_argument('--storages', default=','.join(model_config.PLE_TABLES), help='with commas between (default: %(default)s)')
   args = parser.parse_args(argv)
+  kinds = list(itertools.product(args.placements.split(','), args.storages.split(',')))
   if min(args.tokens, args.rounds) < 1:
     parser.error('--tokens and --rounds are at least 1')
+  try:
+    for placement, storage in kinds:
+      base.models()[args.size].replace(ple_placement=placement, ple_table=storage)
+  except ValueError as error:
+    sys.exit(f'error: {error}')
   os.environ.update(hardware.cpu_environment())   # before JAX is imported
-  rows = measure(args.size, args.dtype, args.tokens, args.rounds)
+  rows = []
+  for row in measure(args.size, args.dtype, kinds, args.tokens, args.rounds):
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    rows.append(row)
   import jax
   print(json.dumps({'size': args.size, 'dtype': args.dtype, 'batch': 1, 'prompt': PROMPT, 'tokens': args.tokens, 'rounds': args.rounds,
                     'device': jax.devices()[0].device_kind, 'date': time.strftime('%Y-%m-%d'),

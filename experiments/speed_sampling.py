@@ -25,7 +25,7 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
     session = generate.Session(cfg, params, batch, PROMPT + NEW)
     begin = time.perf_counter()
     session.append(ids)
-    jax.block_until_ready(session._logits)
+    session.wait()
     prefill.append(time.perf_counter() - begin)
     if what == 'prefill' and len(prefill) > 1:
       continue

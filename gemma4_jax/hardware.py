@@ -13,7 +13,8 @@ import time
 # bfloat16 FLOP/s of one device, dense, from the vendors' data sheets
 _PEAK_BF16 = {
     'NVIDIA A100': 312e12, 'NVIDIA H100': 989e12, 'NVIDIA H200': 989e12, 'NVIDIA B200': 2250e12, 'Tesla T4': 65e12, 'NVIDIA L4': 121e12,
-    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12, 'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
+    'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
+    'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
 }
 
 

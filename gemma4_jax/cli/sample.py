@@ -82,7 +82,7 @@ def _sample(args):
         thoughts.write(messages[i]['reasoning'])
         thoughts.end()
       print(answer(messages[i]) if args.chat else row.text, flush=True)
-  print(_told(run.stats), file=sys.stderr)
+  print(_told(run.stats, model.cfg), file=sys.stderr)
 
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -153,7 +153,7 @@ def guard(function: Callable[[], None]) -> None:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
   except RuntimeError as error:   # XLA's
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    if 'RESOURCE_EXHAUSTED' not in str(error) and 'Out of memory' not in str(error):
       raise
     sys.exit(f'error: out of memory; --dtype=bfloat16, fewer samples or tokens take less ({config_file.one_line(error)[:200]})')
 
@@ -175,11 +175,11 @@ class Thoughts:
     self._begun = False
 
 
-def _told(stats) -> str:
+def _told(stats, cfg) -> str:
   rate = lambda tokens, seconds: f'{tokens / seconds:.1f}/s' if seconds > 0 else '-'
   return (f'{stats.prompt_tokens} prompt tokens at {rate(stats.prompt_tokens, stats.prefill_seconds)}, {stats.new_tokens} new at '
           f'{rate(stats.new_tokens, stats.decode_seconds)} (compiling: {stats.compile_seconds:.1f} s, not counted), peak memory '
-          f'{_peak_memory() / 1e9:.2f} GB, cache {stats.cache_bytes:,} bytes, kv {stats.kv}')
+          f'{_peak_memory() / 1e9:.2f} GB, cache {stats.cache_bytes:,} bytes, kv {stats.kv}, {cfg.matvec} matvec')
 
 
 def _peak_memory():

@@ -3,8 +3,7 @@
 from functools import partial
 from typing import Any
 
-from flax import linen as nn
-from flax import struct
+from flax import linen as nn, struct
 import jax
 import jax.numpy as jnp
 

@@ -1,13 +1,12 @@
 """The parts every room of the model shares: where weights are declared and read, norms, RoPE, the gated MLP."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 import math
 import re
 import zlib
 
-from flax import linen as nn
-from flax import struct
+from flax import linen as nn, struct
 import jax
 import jax.numpy as jnp
 
@@ -64,10 +63,19 @@ def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
   return jax.eval_shape(init, jax.random.key(0), *args)['params']
 
 
-@lru_cache(maxsize=None)
+@cache
 def _draw(init, shape, dtype):
   # in float32 whatever the dtype: jax draws a bfloat16 normal from 7 random bits, and models of two dtypes should start alike
-  return jax.jit(lambda key: init(key, shape, jnp.float32).astype(dtype))
+  draw = lambda key, shape: init(key, shape, jnp.float32).astype(dtype)
+  if math.prod(shape) <= 2**28:
+    return jax.jit(lambda key: draw(key, shape))
+  # the random bits of a PLE table would take ten times its own memory
+  rows = next(n for n in range(min(shape[0], max(1, 2**24 // math.prod(shape[1:]))), 0, -1) if shape[0] % n == 0)
+
+  def in_parts(key):
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0] // rows))
+    return jax.lax.map(lambda key: draw(key, (rows, *shape[1:])), keys).reshape(shape)
+  return jax.jit(in_parts)
 
 
 def contract(x: jax.Array, w: jax.Array, axes: int, dtype=None, rows: str = 'xla') -> jax.Array:

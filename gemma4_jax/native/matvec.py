@@ -68,7 +68,8 @@ def _build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
       built = Path(folder) / target.name
-      done = subprocess.run([compiler, *_FLAGS, '-I', jax.ffi.include_dir(), str(_SOURCE), '-o', str(built)], capture_output=True, text=True)
+      command = [compiler, *_FLAGS, '-I', jax.ffi.include_dir(), str(_SOURCE), '-o', str(built)]
+      done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode:
         raise RuntimeError(f'{compiler} could not compile {_SOURCE.name}: {done.stderr.strip()[:500]}')
       os.replace(built, target)

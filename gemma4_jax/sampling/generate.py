@@ -76,6 +76,9 @@ def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *
     ValueError: before anything is compiled, naming what cannot be.
   """
   session = Session(cfg, params, len(prompts), _needed(prompts, max_new_tokens), kv=kv)
+  if samples < 1:
+    raise ValueError(f'samples: {samples} is not positive')
+  _choices(cfg, len(prompts) * samples, sampling, seed, stop_ids)   # before anything is compiled
   session.append(prompts)
   if samples != 1:
     session.fork(samples)
@@ -89,6 +92,7 @@ def stream(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, 
            stop_ids: Sequence[int] = STOP_IDS, kv: str = 'exact') -> Iterator[list[np.ndarray]]:
   """As `generate`, but yields every row's new tokens (int32) after each `every` steps: the same tokens in all."""
   session = Session(cfg, params, len(prompts), _needed(prompts, max_new_tokens), kv=kv)
+  _choices(cfg, len(prompts), sampling, seed, stop_ids)   # before anything is compiled
   session.append(prompts)
   for part in session.generate(max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids, every=every):
     yield [tokens for tokens, _ in part]
@@ -165,6 +169,10 @@ class Session:
     self._logits, self._pending = logits, False
     self.length += [len(row) for row in rows]
 
+  def wait(self) -> None:
+    """Returns when what was appended has run."""
+    jax.block_until_ready(self._logits)
+
   def fork(self, samples: int) -> None:
     """Repeats every row: row i becomes rows i * samples and on."""
     if samples < 1:
@@ -185,15 +193,8 @@ class Session:
     if self._logits is None:
       raise ValueError('nothing to continue: append a prompt first')
     self._check_room(max(self.length) + max_new_tokens)
-    rows = [sampling] * B if isinstance(sampling, Sampling) else list(sampling)
-    seeds = [(seed, i) for i in range(B)] if isinstance(seed, (int, np.integer)) else [(int(s), 0) for s in seed]
-    if len(rows) != B or len(seeds) != B:
-      raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {B}')
-    settings = sampler.Settings.make(rows, cfg.vocab_size)
-    keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(*jnp.asarray(np.array(seeds, np.uint32).T))
-    stops = np.full(max(8, _bucket(len(stop_ids), 8)), -1, np.int32)
-    stops[:len(stop_ids)] = stop_ids
-    return self._generate(max_new_tokens, settings, keys, jnp.asarray(stops), every)
+    choices = _choices(cfg, B, sampling, seed, stop_ids)
+    return self._generate(max_new_tokens, *choices, every)
 
   def _generate(self, max_new_tokens, settings, keys, stops, every):
     self._state = _first(self._cfg, self._state, self._logits, settings, keys, stops)
@@ -305,6 +306,20 @@ def _row(cfg, ids, what) -> np.ndarray:
     wrong = int(ids[(ids < 0) | (ids >= cfg.vocab_size)][0])
     raise ValueError(f'{what}: id {wrong} is outside the vocabulary of {cfg.vocab_size}: another model\'s tokenizer?')
   return ids.astype(np.int32)
+
+
+def _choices(cfg, batch, sampling, seed, stop_ids):
+  """(settings, a key a row, stop ids padded with -1), or a ValueError."""
+  rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
+  seeds = [(seed, i) for i in range(batch)] if isinstance(seed, (int, np.integer)) else [(s, 0) for s in seed]
+  if len(rows) != batch or len(seeds) != batch:
+    raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {batch}')
+  if wrong := [s for s, _ in seeds if not 0 <= s < 2**32]:
+    raise ValueError(f'seed: {wrong[0]} is not between 0 and 2**32')
+  stops = np.full(_bucket(len(stop_ids), 8), -1, np.int32)
+  stops[:len(stop_ids)] = stop_ids
+  keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(*jnp.asarray(np.array(seeds, np.uint32).T))
+  return sampler.Settings.make(rows, cfg.vocab_size), keys, jnp.asarray(stops)
 
 
 def _needed(prompts, max_new_tokens) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 import time
 
 from absl import logging
-import jax
 import numpy as np
 
 from gemma4_jax import compilation, config as model_config
@@ -55,7 +54,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   template = chat_format.load_template(folder) if source.inside(folder, 'chat_template.jinja').exists() else None
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
   cfg, params = checkpoint.load(folder, param_dtype=param_dtype, progress=progress)
-  return Model(cfg, params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg))
+  return Model(generate.fastest(cfg), params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg))
 
 
 def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None = None) -> 'Model':
@@ -67,7 +66,8 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
   cfg = model_config.variant(variant) if isinstance(variant, str) else variant
   cfg = cfg.replace(scan=False, **(dict(param_dtype=param_dtype, dtype=param_dtype) if param_dtype else {}))
   tokenizer = Tokenizer.stand_in(vocab_size=cfg.vocab_size)
-  return Model(cfg, transformer.init(cfg, seed), tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg))
+  return Model(generate.fastest(cfg), transformer.init(cfg, seed), tokenizer, _named_stops(tokenizer), Sampling(), None,
+               _empty_thought_channel(cfg))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +241,7 @@ class Run:
     session.append(new)
     if samples != 1:
       session.fork(samples)
-    jax.block_until_ready(session._logits)
+    session.wait()
     stats.prompt_tokens, stats.cache_bytes = sum(map(len, new)), session.cache_bytes
     stats.prefill_seconds, prefill_compiled = clock.read()
     clock = _Clock()

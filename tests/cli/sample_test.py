@@ -109,9 +109,10 @@ def test_what_is_wrong_is_one_line(checkpoint, flags, message):
   assert message in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')
 
 
-def test_memory_that_runs_out_is_one_line():
+@pytest.mark.parametrize('told', ['RESOURCE_EXHAUSTED: too much.\nmore', 'INTERNAL: Out of memory allocating 1 bytes.'])
+def test_memory_that_runs_out_is_one_line(told):
   def fail():
-    raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nmore')
+    raise RuntimeError(told)
   with pytest.raises(SystemExit, match='error: out of memory; --dtype') as stop:
     sample.guard(fail)
   assert '\n' not in stop.value.code

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax import config
-from gemma4_jax.model import attention
-from gemma4_jax.model import transformer
+from gemma4_jax.model import attention, transformer
 from tests import quick
 
 LOCAL = config.shrink(config.B31, pattern='L', num_layers=1, window=4)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax import config
-from gemma4_jax.model import embeddings
-from gemma4_jax.model import transformer
+from gemma4_jax.model import embeddings, transformer
 from tests import quick
 
 BASE = config.shrink(config.E2B, pattern='LG', num_layers=4, num_kv_shared_layers=0, window=8)

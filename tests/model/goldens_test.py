@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax.checkpoint import hf
-from tests import hf_models
-from tests import quick
+from tests import hf_models, quick
 from tests.goldens import make
 
 

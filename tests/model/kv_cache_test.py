@@ -47,7 +47,8 @@ def feed(name, cuts, unified=True):
   return found
 
 
-@pytest.mark.parametrize('cuts', [[8, *range(9, T)], [3, 6, 9, 12, 15, 18], [9], []], ids=['prefill_and_decode', 'chunks_of_3', 'chunks_of_9', 'at_once'])
+@pytest.mark.parametrize('cuts', [[8, *range(9, T)], [3, 6, 9, 12, 15, 18], [9], []],
+                         ids=['prefill_and_decode', 'chunks_of_3', 'chunks_of_9', 'at_once'])
 @pytest.mark.parametrize('name', VARIANTS)
 def test_tokens_in_any_chunks_give_the_logits_of_one_forward_pass(name, cuts):
   found = feed(name, cuts)

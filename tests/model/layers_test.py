@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax import config
-from gemma4_jax.model import layers
-from gemma4_jax.model import transformer
+from gemma4_jax.model import layers, transformer
 from tests import quick
 
 CFG = config.shrink(config.E2B, pattern='LG', num_layers=4, num_kv_shared_layers=0)

@@ -11,13 +11,8 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('transformers')
 
 from gemma4_jax.checkpoint import hf
-from gemma4_jax.model import attention
-from gemma4_jax.model import embeddings
-from gemma4_jax.model import layers
-from gemma4_jax.model import moe
-from gemma4_jax.model import transformer
-from tests import hf_models
-from tests import quick
+from gemma4_jax.model import attention, embeddings, layers, moe, transformer
+from tests import hf_models, quick
 
 CONFIGS = hf_models.configs()
 SUBLAYER_TOLERANCE = 1e-5   # largest difference over largest value
