@@ -15,7 +15,7 @@ from tests import tiny
 
 PROMPT = 'def width(self'
 LAST = re.compile(r'^(\d+) prompt tokens at [\d.]+/s, (\d+) new at [\d.]+/s \(compiling: [\d.]+ s, not counted\), '
-                  r'peak memory [\d.]+ GB, cache [\d,]+ bytes, kv (\w+)$')
+                  r'peak memory [\d.]+ GB, cache [\d,]+ bytes, kv (\w+), (?:native|xla) matvec$')
 
 
 @pytest.fixture(scope='module')
