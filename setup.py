@@ -22,7 +22,8 @@ setuptools.setup(
         'absl-py', 'grain>=0.2.18', 'tokenizers>=0.23', 'rich', 'matplotlib', 'scipy', 'safetensors>=0.8',
     ],
     extras_require={
-        'test': ['pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2'],   # and torch, for live parity
+        'test': [   # and torch, for live parity
+            'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist'],
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'chat': ['jinja2'],                             # chat templates that checkpoints carry
