@@ -6,7 +6,7 @@ r"""Speed against the machine's limit and against a peer, as JSON.
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
-over that peak: medians over rounds of medians over steps. Of sampling, `share_of_limit` says of what in `limit`.
+over that peak: medians over rounds of medians over steps. Of decoding, `share_of_limit` says of what in `limit`.
 """
 
 import argparse
