@@ -38,7 +38,7 @@ def cores() -> int:
 def cpu_environment() -> dict[str, str]:
   """Environment variables that make a process faster on a CPU if they are there before it starts; the user's own stay.
 
-  glibc's huge pages, as a step writes hundreds of MB of temporaries: one of `mini` on two cores 10.9 -> 9.1 s.
+  glibc's huge pages, as a step writes hundreds of MB of temporaries.
   """
   if has_accelerator() or not sys.platform.startswith('linux') or 'GLIBC_TUNABLES' in os.environ:
     return {}

@@ -112,14 +112,22 @@ def kv_bytes(cfg: ModelConfig, context: int, unified: bool = False) -> int:
     unified: a layer with K=V stores V and the rotated channels of K. The other channels of K are V times the key norm's
       weight. Not with a value-embedding arm, which changes V alone, nor where one of K and V alone is normed.
   """
-  split = cfg.v_norm != cfg.qk_norm
-
   def elements(spec: LayerSpec) -> int:
-    if unified and spec.k_eq_v and spec.inject != VALUE and not split:
-      return spec.num_kv_heads * (spec.head_dim + 2 * int(spec.rope_fraction * spec.head_dim // 2))
+    if unified and unifies(cfg, spec):
+      return spec.num_kv_heads * (spec.head_dim + rotated_dim(spec))
     return spec.num_kv_heads * 2 * spec.head_dim
 
   return BYTES * sum(elements(spec) * min(spec.window or context, context) for spec in cfg.layers if spec.kv_from is None)
+
+
+def unifies(cfg: ModelConfig, spec: LayerSpec) -> bool:
+  """Whether keys can be rebuilt from values: k = rope(v * key_scale). Not if one of the two alone is normed or changed."""
+  return spec.k_eq_v and spec.inject != VALUE and cfg.v_norm == cfg.qk_norm
+
+
+def rotated_dim(spec: LayerSpec) -> int:
+  """Channels of a head that RoPE turns."""
+  return 2 * int(spec.rope_fraction * spec.head_dim // 2)
 
 
 def decode_bytes(cfg: ModelConfig, context: int, batch: int) -> int:

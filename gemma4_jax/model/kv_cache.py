@@ -15,7 +15,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from gemma4_jax.config import VALUE, LayerSpec, ModelConfig
+from gemma4_jax import size
+from gemma4_jax.config import LayerSpec, ModelConfig
 from gemma4_jax.model import attention
 
 
@@ -49,22 +50,12 @@ def make(cfg: ModelConfig, batch: int, capacity: int, dtype=None, *, unified: bo
     shape = lambda slots, dim: jnp.zeros((batch, spec.num_kv_heads, slots, dim), dtype)
     if spec.window is not None and spec.window < capacity:
       return Ring(shape(spec.window, spec.head_dim), shape(spec.window, spec.head_dim))
-    if unified and unifies(cfg, spec):
-      return Unified(shape(capacity, spec.head_dim), shape(capacity, rotated_dim(spec)))
+    if unified and size.unifies(cfg, spec):
+      return Unified(shape(capacity, spec.head_dim), shape(capacity, size.rotated_dim(spec)))
     return Dense(shape(capacity, spec.head_dim), shape(capacity, spec.head_dim))
 
   return Cache(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32),
                {i: layer(spec) for i, spec in enumerate(cfg.layers) if spec.kv_from is None})
-
-
-def unifies(cfg: ModelConfig, spec: LayerSpec) -> bool:
-  """Whether keys can be rebuilt from values: k = rope(v * key_scale). Not if one of the two alone is normed or changed."""
-  return spec.k_eq_v and spec.inject != VALUE and cfg.v_norm == cfg.qk_norm
-
-
-def rotated_dim(spec: LayerSpec) -> int:
-  """Channels of a head that RoPE turns."""
-  return 2 * int(spec.rope_fraction * spec.head_dim // 2)
 
 
 @struct.dataclass

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.config import ModelConfig
+from gemma4_jax.data.chat import STOP_IDS
 from gemma4_jax.model import kv_cache, transformer
 from gemma4_jax.native import matvec
 from gemma4_jax.sampling import sampler
 from gemma4_jax.sampling.sampler import Sampling
 
-STOP_IDS = (1, 106, 50)   # end of text, of a turn, and before a tool's answer: the released generation configs
 PREFILL_CHUNK = 1024      # tokens of a prompt that run at once
 
 
