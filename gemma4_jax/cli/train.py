@@ -3,7 +3,7 @@
   python -m gemma4_jax.cli.train --config=configs/base.py:e2b-toy --workdir=runs/one --config.train.steps=500
 
 A second call on the same workdir goes on from its last checkpoint. For several arms and seeds: python -m experiments.launch.
-On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command makes a step of `mini` 1.2 times as fast
+On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command saves a step most of its page faults
 (experiments.launch sets it for its runs).
 """
 
