@@ -75,7 +75,7 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
       log_every=1,
       checkpoint_every=120 if toy else 1000,
       keep_checkpoints=2,
-      loss_chunk=1024,                # tokens whose logits exist at once
+      loss_chunk=512,                 # tokens whose logits exist at once
       tensorboard=False, wandb='')    # extras; wandb: a project's name
 
   c.eval = dict(

@@ -44,9 +44,7 @@ def report(workdir: pathlib.Path, *, baseline: str = '', console: rich.console.C
   Raises:
     ValueError: nothing to report on, or files that cannot be read or written.
   """
-  console = console or rich.console.Console()
-  if not console.is_terminal:
-    console = rich.console.Console(file=console.file, width=_LOG_WIDTH)
+  console = wide(console or rich.console.Console())
   runs = analysis.collect(workdir)
   results = analysis.analyse(runs, baseline)
   pictures = []
@@ -60,10 +58,7 @@ def report(workdir: pathlib.Path, *, baseline: str = '', console: rich.console.C
     raise manifest.Error(f'{workdir}: the report cannot be written ({e.strerror})') from e
   say = lambda text, style='': console.print(text, style=style, markup=False, highlight=False)
   for table in tables(results):
-    say(f'\n{table.title}', 'bold')
-    console.print(*_drawn(table, console.width), sep='\n')
-    if table.caption:
-      say(table.caption, 'dim')
+    show(table, console)
   for note in results['notes']:
     say(f'- {note}')
   invalid = [run.reason for run in runs if run.state == 'invalid']
@@ -92,16 +87,34 @@ def tables(results: dict) -> list[Table]:
 
 def markdown(results: dict, pictures: Sequence[pathlib.Path], name: str) -> str:
   """The text of report.md; pictures lie beside it."""
-  row = lambda cells: '| ' + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in cells) + ' |'
   text = [f'# {name}', '', *(f'{line}  ' for line in _preamble(results)), '']
   for table in tables(results):
-    text += [f'## {table.title}', '', row(table.header), row(['---'] * len(table.header)), *map(row, table.rows), '']
-    text += [table.caption, ''] if table.caption else []
+    text += section(table)
   if results['notes']:
     text += ['## Notes', '', *(f'- {note}' for note in results['notes']), '']
   if pictures:
     text += ['## Plots', '', *(f'![{path.stem.replace("_", " ")}]({path.name})\n' for path in pictures)]
   return '\n'.join(text)
+
+
+def section(table: Table) -> list[str]:
+  """Its lines of Markdown."""
+  row = lambda cells: '| ' + ' | '.join(cell.replace('|', '\\|').replace('\n', ' ') for cell in cells) + ' |'
+  lines = [f'## {table.title}', '', row(table.header), row(['---'] * len(table.header)), *map(row, table.rows), '']
+  return lines + ([table.caption, ''] if table.caption else [])
+
+
+def wide(console: rich.console.Console) -> rich.console.Console:
+  """The console, with room for tables where it is no terminal."""
+  return console if console.is_terminal else rich.console.Console(file=console.file, width=_LOG_WIDTH)
+
+
+def show(table: Table, console: rich.console.Console) -> None:
+  say = lambda text, style: console.print(text, style=style, markup=False, highlight=False)
+  say(f'\n{table.title}', 'bold')
+  console.print(*_drawn(table, console.width), sep='\n')
+  if table.caption:
+    say(table.caption, 'dim')
 
 
 def scale(value: float, unit: str = '') -> float:
@@ -225,4 +238,4 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == '__main__':
   flags.DEFINE_string('baseline', '', 'Arm that the others are compared with; by default the first of the manifest.')
-  app.run(main)
+  app.run(main, flags_parser=config_file.parse)

@@ -21,6 +21,7 @@ import time
 from configs import base
 from experiments import speed_sampling
 from gemma4_jax import hardware, size
+from gemma4_jax.config import WEIGHTS
 
 BATCH, LENGTH = 4, 512
 
@@ -29,6 +30,7 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
   import jax
   import jax.numpy as jnp
 
+  from gemma4_jax import compilation
   from gemma4_jax.model import transformer
   from gemma4_jax.training import optimizer, trainer
   c = base.get_config(name)
@@ -41,7 +43,7 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
            'segments': jnp.ones((BATCH, LENGTH), jnp.int32), 'weights': jnp.ones((BATCH, LENGTH), jnp.float32)}
   step = jax.jit(trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk), donate_argnums=0)
   begin = time.perf_counter()
-  step = step.lower(state, batch).compile()
+  step = step.lower(state, batch).compile(compilation.train_options())
   compile_seconds = time.perf_counter() - begin
   def run():
     nonlocal state
@@ -125,6 +127,7 @@ def main(argv=None) -> None:
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--scan', action='store_true', help='train: blocks as a scan over periods')
   parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='decode, prefill: of weights and activations')
+  parser.add_argument('--weights', default='as_is', choices=WEIGHTS, help='decode, prefill: ours, in few bits')
   parser.add_argument('--batch', type=int, default=1, help='decode, prefill: rows')
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
@@ -136,8 +139,8 @@ def main(argv=None) -> None:
     shape['training_flops_per_step'] = size.training_flops(base.models()[args.size], LENGTH) * BATCH * LENGTH
   else:
     runs = {'ours': speed_sampling.ours} | ({'hf': speed_sampling.hf} if args.peer else {})
-    call, shape = (args.size, args.what, args.dtype, args.batch, args.steps), {
-        'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype}
+    call, shape = (args.size, args.what, args.dtype, args.batch, args.steps, args.weights), {
+        'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype, 'weights': args.weights}
   found = {name: [] for name in runs}
   for _ in range(args.rounds):
     for name, function in runs.items():

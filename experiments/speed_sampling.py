@@ -6,17 +6,19 @@ import time
 PROMPT, NEW = 512, 64   # tokens of a prompt; tokens decoded after it
 
 
-def ours(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
+def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str) -> dict:
   import jax
 
   from configs import base
   from gemma4_jax import hardware, size
-  from gemma4_jax.model import transformer
+  from gemma4_jax.model import quantized, transformer
   from gemma4_jax.sampling import generate
   from gemma4_jax.sampling.sampler import GREEDY
   begin = time.perf_counter()
   cfg = generate.fastest(base.models()[name].replace(dtype=dtype, param_dtype=dtype))
   params = transformer.init(cfg, 0)
+  if weights != 'as_is':
+    params = quantized.quantize(cfg, params, weights, consume=True)
   jax.block_until_ready(params)
   init_seconds = time.perf_counter() - begin
   ids = _ids(cfg, batch)
@@ -33,8 +35,10 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
     begin = time.perf_counter()
     next(session_steps)
     decode.append(time.perf_counter() - begin)
-  step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch)
-  result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'path': f'{cfg.matvec} matvec',
+  read = None if weights == 'as_is' else sum(leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+                                             if 'lookup' not in jax.tree_util.keystr(path))
+  step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch, read)
+  result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'path': f'{cfg.matvec} matvec, weights {dtype if weights == "as_is" else weights}',
             'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
             'peak_memory_bytes': hardware.peak_memory_bytes()}
   if what == 'prefill':
@@ -46,7 +50,8 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
                    'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
 
 
-def hf(name: str, what: str, dtype: str, batch: int, repeats: int) -> dict:
+def hf(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str) -> dict:
+  del weights   # as they are: transformers alone has no others
   try:
     import torch
     import transformers

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import difflib
 import functools
+import itertools
 import typing
 
 # How the vector that an embedding arm makes for every token and layer enters a block (`LayerSpec.inject`).
@@ -30,6 +31,7 @@ EMBEDDING_ARMS = {
 PLE_ARMS = tuple(arm for arm, inject in EMBEDDING_ARMS.items() if inject in (GATE, UNGATED))
 PLE_PLACEMENTS = ('device', 'host', 'folded', 'folded_host')
 PLE_TABLES = ('as_is', 'bfloat16', 'int8', 'int4')
+WEIGHTS = ('as_is', 'int8')   # of the other matrices, for inference: `model.quantized`
 
 _CHOICES = {
     'embedding': tuple(EMBEDDING_ARMS),
@@ -66,8 +68,19 @@ class Group:
   period: tuple[LayerSpec, ...]
   repeats: int
 
+  @property
+  def runs(self) -> tuple[tuple[int, int], ...]:
+    """(first place, number of layers) of neighbours in the period that are alike: again one body, a scan within the scan."""
+    alike = [len(list(run)) for _, run in itertools.groupby(self.period)]
+    return tuple(zip(itertools.accumulate(alike, initial=0), alike))
+
   def layer(self, repeat: int, place: int) -> int:
     return self.start + repeat * len(self.period) + place
+
+  def layers(self, run: int) -> tuple[tuple[int, ...], ...]:
+    """The layers of a run, repeat by repeat."""
+    place, count = self.runs[run]
+    return tuple(tuple(self.layer(repeat, place + i) for i in range(count)) for repeat in range(self.repeats))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +137,7 @@ class ModelConfig:
   dtype: str = 'float32'               # of activations and matmuls
   param_dtype: str = 'float32'
   matvec: str = 'xla'                  # of at most 8 rows; native: our own on a CPU, without gradients (`native.matvec`)
-  scan: bool = False                   # blocks run as a scan over periods, weights stacked by group
+  scan: bool = False                   # blocks run as a scan over periods and their runs of like layers, weights stacked
   remat: str = 'none'                  # none; dots: keep matmul outputs; full: keep block inputs
 
   def __post_init__(self):
@@ -179,6 +192,11 @@ class ModelConfig:
   def bigram_rows(self) -> int:
     """Rows of the bigram table."""
     return self.bigram_buckets or self.vocab_size
+
+  @property
+  def has_ple_table(self) -> bool:
+    """Whether per-layer vectors of tokens come out of a table that `ple_placement` and `ple_table` are about."""
+    return self.embedding in PLE_ARMS and self.embedding != 'projection_only'
 
   @property
   def ple_on_host(self) -> bool:
@@ -278,9 +296,9 @@ def _check(cfg: ModelConfig) -> None:
     require(cfg.embedding not in PLE_ARMS or cfg.ple_dim >= 1, 'ple_dim', "is not positive; for no PLE set model.embedding='none'")
     require(cfg.ple_every <= cfg.num_layers, 'ple_every', f'is more than the {cfg.num_layers} layers of model.num_layers')
     require(bool(cfg.inject_layers), 'embedding', 'reaches no layer: see model.ple_layers, model.ple_every and model.num_kv_shared_layers')
-  tables = cfg.embedding in PLE_ARMS and cfg.embedding != 'projection_only'
-  require(tables or cfg.ple_placement == 'device', 'ple_placement', f'needs a PLE table, which model.embedding={cfg.embedding!r} has not')
-  require(tables or cfg.ple_table == 'as_is', 'ple_table', f'needs a PLE table, which model.embedding={cfg.embedding!r} has not')
+  missing = f'needs a PLE table, which model.embedding={cfg.embedding!r} has not'
+  require(cfg.has_ple_table or cfg.ple_placement == 'device', 'ple_placement', missing)
+  require(cfg.has_ple_table or cfg.ple_table == 'as_is', 'ple_table', missing)
   require(cfg.embedding == 'ple' or not cfg.ple_folded, 'ple_placement', f"needs model.embedding='ple', not {cfg.embedding!r}")
   require(cfg.ple_dim % 2 == 0 or cfg.ple_table != 'int4', 'ple_table', f'packs pairs of numbers, and model.ple_dim = {cfg.ple_dim} is odd')
   if cfg.embedding == 'stem':
@@ -308,6 +326,15 @@ def variant(name: str) -> ModelConfig:
   if name not in VARIANTS:
     raise ValueError(f'variant {name!r}: none of {", ".join(VARIANTS)}; did you mean {nearest(name, list(VARIANTS))!r}?')
   return VARIANTS[name]
+
+
+def released(cfg: ModelConfig) -> str | None:
+  """Name of the released variant that a model is, whatever its context, vocabulary, dtypes and ways to compute."""
+  free = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in (
+      'vocab_size', 'context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'dtype', 'param_dtype', 'matvec', 'scan',
+      'remat')}
+  plain = lambda cfg: cfg.replace(**free, ple_dim=cfg.ple_dim if cfg.embedding == 'ple' else ModelConfig.ple_dim)
+  return next((name for name, variant in VARIANTS.items() if plain(variant) == plain(cfg)), None)
 
 
 def shrink(cfg: ModelConfig, *, periods: int = 1, width: int = 64, vocab_size: int = 128, **fields) -> ModelConfig:

@@ -55,13 +55,15 @@ def check_field(config: ml_collections.ConfigDict, path: str, where: str = '', p
 
 
 def parse(argv: list[str]) -> list[str]:
-  """A `flags_parser` for `app.run` of a program with a flag --config: what cannot be parsed or loaded ends it with one line and
-  exit status 2."""
+  """A `flags_parser` for `app.run`: what cannot be parsed, or loaded of a flag --config, ends the program with one line and exit
+  status 2, and --help with 0."""
   try:
     rest = flags.FLAGS(argv)
-    if flags.FLAGS.config is not None:
+    if 'config' in flags.FLAGS and flags.FLAGS.config is not None:
       flags.FLAGS.config.keys()   # a file that could not be loaded says so only when it is used
     return rest
+  except SystemExit as e:
+    sys.exit(0 if e.code == 1 else e.code)   # absl's --help ends with 1
   except Exception as e:  # a mistyped field, path, value or flag: ml_collections raises many kinds
     try:
       _explain(argv)

@@ -23,7 +23,7 @@ def write_text(path: Path, text: str) -> None:
   """Writes beside, then renames: readers see the old file or the whole new one."""
   beside = path.with_name(f'.{path.name}.{os.getpid()}.part')
   try:
-    beside.write_text(text)
+    beside.write_text(text, encoding='utf-8')
     beside.replace(path)
   finally:
     beside.unlink(missing_ok=True)

@@ -130,13 +130,18 @@ def rotated_dim(spec: LayerSpec) -> int:
   return 2 * int(spec.rope_fraction * spec.head_dim // 2)
 
 
-def decode_bytes(cfg: ModelConfig, context: int, batch: int) -> int:
+def decode_bytes(cfg: ModelConfig, context: int, batch: int, weights: int | None = None) -> int:
   """Bytes that a decoding step of `batch` rows with `context` tokens each must read, in the model's own dtypes: all weights but
-  the tables that are read by row, and the caches. Of experts all, as many rows visit many."""
+  the tables that are read by row, and the caches. Of experts all, as many rows visit many.
+
+  Args:
+    weights: bytes of these weights, if they are quantized.
+  """
   width = {'float32': 4, 'bfloat16': 2}
   n = parameters(cfg)
-  weights = sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding'])
-  return width[cfg.param_dtype] * weights + width[cfg.dtype] * kv_bytes(cfg, context, unified=True) // BYTES * batch
+  if weights is None:
+    weights = width[cfg.param_dtype] * (sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding']))
+  return weights + width[cfg.dtype] * kv_bytes(cfg, context, unified=True) // BYTES * batch
 
 
 def costs(cfg: ModelConfig, context: int) -> dict[str, float]:

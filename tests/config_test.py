@@ -183,3 +183,11 @@ def test_shrink_keeps_pattern_sharing_and_flags(name, periods):
 
 def test_shrink_takes_any_other_field():
   assert config.shrink(config.B31, qk_norm=False, num_layers=6).num_layers == 6
+
+
+@pytest.mark.parametrize('name', list(config.VARIANTS))
+def test_a_released_variant_is_known_whatever_does_not_shape_its_layers(name):
+  cfg = config.VARIANTS[name]
+  other = cfg.replace(vocab_size=1000, context_length=64, dtype='bfloat16', scan=True, **({} if cfg.embedding == 'ple' else {'ple_dim': 3}))
+  assert config.released(cfg) == config.released(other) == name
+  assert config.released(cfg.replace(window=cfg.window + 1)) is None and config.released(config.shrink(cfg)) is None

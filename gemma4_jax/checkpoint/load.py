@@ -73,7 +73,7 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
   path = Path(path)
   if not path.is_dir():
     raise ValueError(f'{path}: no such directory')
-  steps = _steps(path) or _steps(path / 'checkpoints')
+  steps = _steps(path) or _steps(path / orbax.RUN)
   if any(path.glob('*.safetensors*')):
     found = _hugging_face(path, config)
   elif steps:
@@ -131,7 +131,7 @@ def _hugging_face(folder, cfg):
   pieces = tuple(source.Piece(name, text[name].float_dtype(name), tensor.shape, tensor.split)
                  for name, tensor in hf.tensors(cfg, prefix).items())
   fetch = lambda names: [text[name].map(name) for name in names]
-  return _stored_dtypes(source.Source('a Hugging Face checkpoint', folder, cfg, pieces, fetch, towers))
+  return _stored_dtypes(source.Source('a Hugging Face checkpoint', folder, folder, cfg, pieces, fetch, towers))
 
 
 def _read_hf_config(folder):
@@ -158,30 +158,33 @@ def _ours(kind, folder, item, cfg):
   stored = {'/'.join(key[len(root):]): (key, shape, dtype) for key, (shape, dtype) in orbax.leaves(folder / item).items()
             if key[:len(root)] == root}
   wanted = {name: box.value.shape for name, box in flatten(transformer.abstract(cfg)).items()}
-  users = _stacks(cfg, wanted) if cfg.scan else {name: (name,) for name in wanted}
-  stack = lambda names: (len(names),) if cfg.scan and names[0].startswith('layer_') else ()
-  source.compare({name: (*stack(names), *wanted[names[0]]) for name, names in users.items()},
+  users, lead = _stacks(cfg, wanted) if cfg.scan else ({name: (name,) for name in wanted}, {})
+  source.compare({name: (*lead.get(name, ()), *wanted[names[0]]) for name, names in users.items()},
                  {name: shape for name, (_, shape, _) in stored.items()})
 
   def split(name):
     names = users[name]
-    return (lambda array: dict(zip(names, array))) if stack(names) else (lambda array: {names[0]: array})
+    return lambda array: dict(zip(names, array.reshape(-1, *array.shape[2:]) if name in lead else [array]))
 
   pieces = tuple(source.Piece(name, source.float_dtype(name, stored[name][2]), stored[name][1], split(name)) for name in users)
   fetch = lambda names: orbax.read(folder / item, [stored[name][0] for name in names])
-  found = source.Source(kind, folder, cfg.replace(scan=False), pieces, fetch)
+  home = folder.parent.parent if item == orbax.STATE and folder.parent.name == orbax.RUN else folder
+  found = source.Source(kind, folder, home, cfg.replace(scan=False), pieces, fetch)
   return found if found.dtype == cfg.param_dtype else _stored_dtypes(found)
 
 
 def _stacks(cfg, wanted):
-  """Name of a stacked weight -> the names of its rows; other weights stay."""
-  rows = {f'layer_{group.layer(repeat, place)}': f'group_{g}/block_{place}' for g, group in enumerate(cfg.groups)
-          for repeat in range(group.repeats) for place in range(len(group.period))}
-  users = {}
-  for name in sorted(wanted, key=lambda name: int(name.split('/')[0][6:]) if name.startswith('layer_') else -1):
-    top, _, rest = name.partition('/')
-    users.setdefault(f'{rows[top]}/{rest}' if top in rows else name, []).append(name)
-  return {name: tuple(names) for name, names in users.items()}
+  """({name of a stacked weight: the names of its rows; other weights: themselves}, {stacked weight: its two leading sizes})."""
+  users = {name: (name,) for name in wanted if not name.startswith('layer_')}
+  lead = {}
+  for g, group in enumerate(cfg.groups):
+    for run, (_, count) in enumerate(group.runs):
+      layers = [layer for row in group.layers(run) for layer in row]
+      first = f'layer_{layers[0]}/'
+      for rest in (name[len(first):] for name in wanted if name.startswith(first)):
+        name = f'group_{g}/run_{run}/{rest}'
+        users[name], lead[name] = tuple(f'layer_{layer}/{rest}' for layer in layers), (group.repeats, count)
+  return users, lead
 
 
 def _google(folder, cfg):
@@ -191,7 +194,7 @@ def _google(folder, cfg):
   dtypes = {key: source.float_dtype('/'.join(key), dtype) for key, (_, dtype) in stored.items()}
   keys = {'/'.join(key): key for key in stored}
   fetch = lambda names: orbax.read(folder, [keys[name] for name in names])
-  return _stored_dtypes(source.Source("Google's Orbax tree", folder, cfg, tuple(google.pieces(cfg, places, dtypes)), fetch, towers))
+  return _stored_dtypes(source.Source("Google's Orbax tree", folder, folder, cfg, tuple(google.pieces(cfg, places, dtypes)), fetch, towers))
 
 
 def _config_beside(folder):

@@ -15,6 +15,8 @@ from gemma4_jax import config
 from gemma4_jax.checkpoint import source
 from gemma4_jax.config import ModelConfig
 
+RUN = 'checkpoints'   # in a run's folder, that of its checkpoints
+
 
 class Checkpoints:
   """Numbered checkpoints under one folder; a step that was not finished does not exist."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping
 import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -36,10 +38,10 @@ def save_hf(cfg: ModelConfig, params: Mapping, dst: str | Path, *, dtype: str | 
     write_hf(folder, cfg, flat_params(cfg, params), dtype=dtype, tokenizer=source, max_shard_bytes=max_shard_bytes)
 
 
-def save_orbax(cfg: ModelConfig, params: Mapping, dst: str | Path, *, dtype: str | None = None) -> None:
+def save_orbax(cfg: ModelConfig, params: Mapping, dst: str | Path, *, dtype: str | None = None, source: str | Path | None = None) -> None:
   """Writes our own form, config inside: any arm, restorable onto any mesh. Arguments and errors as `save_hf`."""
   with beside(dst) as folder:
-    write_orbax(folder, cfg, flat_params(cfg, params), dtype=dtype)
+    write_orbax(folder, cfg, flat_params(cfg, params), dtype=dtype, tokenizer=source)
 
 
 def write_hf(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.ndarray], *, dtype: str | None = None,
@@ -54,15 +56,21 @@ def write_hf(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.n
   shards.write(folder, stored, read, max_shard_bytes, wrote)
   config['dtype'] = stored[next(iter(stored))][0].name
   (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-  for name in COPIED if tokenizer else ():
-    if (Path(tokenizer) / name).exists():
-      shutil.copyfile(source.inside(Path(tokenizer), name), folder / name)
+  _copy(tokenizer, folder)
 
 
-def write_orbax(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.ndarray], *, dtype: str | None = None) -> None:
+def write_orbax(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.ndarray], *, dtype: str | None = None,
+                tokenizer: str | Path | None = None) -> None:
   """`save_orbax` into a new directory, of path -> weight."""
   stored = cfg.replace(scan=False, **(dict(param_dtype=dtype, dtype=dtype) if dtype else {}))
   orbax.save_params(folder, stored, load.unflatten(flat), source.DTYPES[dtype] if dtype else None)
+  _copy(tokenizer, folder)
+
+
+def _copy(src, folder):
+  for name in COPIED if src else ():
+    if (Path(src) / name).exists():
+      shutil.copyfile(source.inside(Path(src), name), folder / name)
 
 
 def flat_params(cfg: ModelConfig, params: Mapping) -> dict[str, jax.Array | np.ndarray]:
@@ -94,6 +102,8 @@ def check_free(dst: str | Path) -> None:
 def beside(dst: str | Path):
   """Yields the name of a new directory, which becomes `dst` if the block ends well and is removed if not.
 
+  What writers to the same `dst` left that were killed is removed first.
+
   Raises:
     ValueError: `dst` exists, or the disk is full or not to be written.
   """
@@ -102,14 +112,28 @@ def beside(dst: str | Path):
   scratch = None
   try:
     dst.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.{dst.name}.part-', dir=dst.parent))
-    yield scratch / 'whole'
-    os.rename(scratch / 'whole', dst)
+    _remove_abandoned(dst)
+    scratch = Path(tempfile.mkdtemp(prefix=f'.{dst.name}.new-', dir=dst.parent))
+    with (scratch / 'lock').open('w') as lock:
+      try:
+        fcntl.flock(lock, fcntl.LOCK_EX)   # the system lets go of it when this process ends, however it ends
+      except OSError:   # a file system without locks, where nobody could tell a part that is left from one being written
+        (scratch / 'lock').unlink()
+      scratch = scratch.rename(dst.with_name(scratch.name.replace(f'.{dst.name}.new', f'.{dst.name}.part', 1)))   # seen when locked
+      yield scratch / 'whole'
+      os.rename(scratch / 'whole', dst)
   except OSError as error:
     raise ValueError(f'{dst}: cannot be written ({error.strerror or error}); nothing is left there') from error
   finally:
     if scratch:
       shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_abandoned(dst):
+  for part in dst.parent.glob(f'.{glob.escape(dst.name)}.part-*'):
+    with contextlib.suppress(OSError), (part / 'lock').open('r+') as lock:   # a writer holds it, or it is being removed
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      shutil.rmtree(part, ignore_errors=True)
 
 
 def _to_host(weight) -> np.ndarray:

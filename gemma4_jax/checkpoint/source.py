@@ -51,11 +51,13 @@ class Source:
   Attributes:
     kind: who wrote it.
     folder: where the pieces are: below the path given, where that was a run's folder.
+    home: where files of tokenizer and settings are: `folder`, or that of the run.
     fetch: names of pieces -> their arrays; where the format allows, memory-mapped.
     skipped: names of the weights of towers, which this model does not have.
   """
   kind: str
   folder: Path
+  home: Path
   cfg: ModelConfig
   pieces: tuple[Piece, ...]
   fetch: Callable[[list[str]], list[np.ndarray]]

@@ -31,7 +31,7 @@ def _chat(args):
   from gemma4_jax.sampling import text
   context = min(8192, model.cfg.context_length) if args.context is None else args.context
   chat = Chat(text.Conversation(model, context, kv=args.kv), args.system, args.thinking, max_new_tokens=args.max_new_tokens,
-              sampling=sample.sampling(args, model), seed=args.seed)
+              sampling=sample.sampling(args, model), seed=args.seed, stop_strings=args.stop)
   _say(f'{_COMMANDS}; Ctrl-C stops an answer')
   while True:
     try:

@@ -31,21 +31,20 @@ def _convert(args):
   from absl import logging
   import jax  # late: it need not load for --help
 
+  from gemma4_jax import config
   from gemma4_jax.checkpoint import hf, load, save, source
-  from gemma4_jax.config import VARIANTS
   logging.set_verbosity(logging.FATAL)   # Orbax logs tracebacks of errors that are told below
   jax.config.update('jax_platforms', 'cpu')   # nothing is computed, and an accelerator may be busy
 
   found = load.find(args.src)
   if args.to == 'hf':
     hf.tensors(found.cfg)   # or there is no such model there
-  plain = lambda cfg: cfg.replace(dtype='float32', param_dtype='float32', ple_dim=cfg.ple_dim if cfg.embedding == 'ple' else 256)
-  known = next((name for name, cfg in VARIANTS.items() if plain(cfg) == plain(found.cfg)), None)
   count = sum(piece.size for piece in found.pieces)
   dtype = args.dtype or found.dtype
   nbytes = count * source.DTYPES[args.dtype].itemsize if args.dtype else found.nbytes
-  print(f'from  {found.folder}: {found.kind}, {known or "no released variant"}, {found.cfg.num_layers} layers of width '
-        f'{found.cfg.width}, {len(found.pieces)} tensors, {count / 1e9:.2f} B parameters, {found.nbytes:,} bytes, mostly {found.dtype}')
+  print(f'from  {found.folder}: {found.kind}, {config.released(found.cfg) or "no released variant"}, {found.cfg.num_layers} layers of '
+        f'width {found.cfg.width}, {len(found.pieces)} tensors, '
+        f'{count / 1e9:.2f} B parameters, {found.nbytes:,} bytes, mostly {found.dtype}')
   if found.skipped:
     print(f'      {len(found.skipped)} weights of towers are left out')
   print(f'to    {args.dst}: {args.to}, {nbytes:,} bytes, {dtype if args.dtype else "dtypes as they are"}')
@@ -64,9 +63,9 @@ def _convert(args):
     read = save.digest(flat.items(), args.dtype)
     if args.to == 'hf':
       with source.bar('writing', nbytes, True) as advance:
-        save.write_hf(folder, found.cfg, flat, dtype=args.dtype, tokenizer=args.src, wrote=advance)
+        save.write_hf(folder, found.cfg, flat, dtype=args.dtype, tokenizer=found.home, wrote=advance)
     else:
-      save.write_orbax(folder, found.cfg, flat, dtype=args.dtype)
+      save.write_orbax(folder, found.cfg, flat, dtype=args.dtype, tokenizer=found.home)
     written = save.digest(item for _, weights in load.find(folder).read() for item in weights.items())
     if written != read:
       raise ValueError(f'{args.dst}: what was written is not what was read (sha256 {written} for {read}); is the disk sound?')

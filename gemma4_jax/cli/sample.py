@@ -4,8 +4,8 @@
   python -m gemma4_jax.cli.sample --checkpoint=DIR --prompt='Why is the sea salty?' --chat --thinking
   python -m gemma4_jax.cli.sample --variant=e2b --random_weights --dtype=bfloat16 --prompt=x     (speed at full size)
 
-The text goes to standard output. Thoughts and, at the end, one line of tokens, speed (without compiling), memory and cache go to
-standard error.
+The text goes to standard output. To standard error go a line that says which model runs and where its weights are, thoughts, and at
+the end a line of tokens, speed (without compiling), memory and cache.
 """
 
 import argparse
@@ -15,13 +15,22 @@ import json
 import sys
 
 from gemma4_jax import config_file
-from gemma4_jax.config import VARIANTS
+from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, WEIGHTS
+
+
+def _ids(text: str) -> tuple[int, ...]:
+  try:
+    return tuple(int(i) for i in text.split(',') if i)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f'{text!r} is no list of token ids with commas between') from None
+
 
 _SAMPLING = {
     'temperature': (float, '0 is greedy'), 'top_k': (int, 'the k likeliest tokens; 0 for all'),
     'top_p': (float, 'the fewest tokens that hold this much probability'),
     'min_p': (float, 'tokens at least this share as likely as the likeliest'),
-    'repetition_penalty': (float, 'of tokens that are there already; 1 for none')}
+    'repetition_penalty': (float, 'of tokens that are there already; 1 for none'),
+    'suppress_tokens': (_ids, 'ids, with commas between, that are never chosen')}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--system', help='a system message before it (with --chat)')
   parser.add_argument('--thinking', action='store_true', help='let the model think first (with --chat)')
   parser.add_argument('--samples', type=int, default=1, help='so many continuations (default: %(default)s)')
+  parser.add_argument('--best_of', type=int, help='draw so many and print those --samples that are likeliest a token')
   how = parser.add_mutually_exclusive_group()
   how.add_argument('--stream', action='store_true', help='print the text as it is decoded')
   how.add_argument('--json', action='store_true', help='one JSON object: texts, tokens, log-probabilities and the numbers of the last line')
@@ -44,21 +54,22 @@ def _sample(args):
     raise ValueError('--system and --thinking: need --chat')
   if args.samples < 1 or (args.stream and args.samples > 1):
     raise ValueError(f'--samples={args.samples}: at least one, and just one with --stream')
+  if args.best_of is not None and (args.best_of < args.samples or args.stream):
+    raise ValueError(f'--best_of={args.best_of}: at least --samples={args.samples}, and not with --stream: the best is known at the end')
   prompt = sys.stdin.read().removesuffix('\n') if args.prompt == '-' else args.prompt
   model = load_model(args)   # JAX loads with it: it need not for --help
 
-  from gemma4_jax.data import chat
   from gemma4_jax.sampling import text
   if args.chat:
     system = [{'role': 'system', 'content': args.system}] if args.system else []
     ids = model.encode_chat([*system, {'role': 'user', 'content': prompt}], thinking=args.thinking)
   else:
     ids = model.encode(prompt)
-  run = model.start([ids], max_new_tokens=args.max_new_tokens, sampling=sampling(args, model), seed=args.seed, samples=args.samples,
-                    kv=args.kv, every=1 if args.stream else args.max_new_tokens)
+  run = model.start([ids], max_new_tokens=args.max_new_tokens, sampling=sampling(args, model), seed=args.seed, stop_strings=args.stop,
+                    samples=args.best_of or args.samples, kv=args.kv, every=1 if args.stream else None, chat=args.chat)
   if args.stream:
     thoughts = Thoughts()
-    for kind, piece in text.Reply(model, run) if args.chat else (('content', piece) for piece, in run):
+    for kind, piece in (piece for new, in run for piece in new):
       if kind == 'reasoning':
         thoughts.write(piece)
       else:
@@ -67,21 +78,21 @@ def _sample(args):
     thoughts.end()
     print()
   done = run.finish()
-  messages = [chat.parse([i for i in row.tokens if i < model.tokenizer.vocab_size], model.tokenizer) for row in done] if args.chat else []
+  done = done if args.best_of is None else text.likeliest(done)[:args.samples]
   if args.json:
     print(json.dumps({'prompt_ids': ids.tolist(), 'completions': [
         {'text': row.text, 'tokens': row.tokens.tolist(), 'logprobs': row.logprobs.tolist(), 'stopped': row.stopped,
-         **({'message': messages[i]} if args.chat else {})} for i, row in enumerate(done)],
+         **({'message': row.message} if args.chat else {})} for row in done],
         'stats': dataclasses.asdict(run.stats), 'peak_memory_bytes': _peak_memory()}, ensure_ascii=False))
   elif not args.stream:
     for i, row in enumerate(done):
       if args.samples > 1:
         print(f'--- {i + 1} of {args.samples}, mean log p {row.logprobs.mean():.3f}')
-      if args.chat and 'reasoning' in messages[i]:
+      if args.chat and 'reasoning' in row.message:
         thoughts = Thoughts()
-        thoughts.write(messages[i]['reasoning'])
+        thoughts.write(row.message['reasoning'])
         thoughts.end()
-      print(answer(messages[i]) if args.chat else row.text, flush=True)
+      print(answer(row.message) if args.chat else row.text, flush=True)
   print(_told(run.stats, model.cfg), file=sys.stderr)
 
 
@@ -100,10 +111,15 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
   model.add_argument('--random_weights', action='store_true', help="random weights and a stand-in for the tokenizer")
   model.add_argument('--shrink', action='store_true', help='the variant at toy size')
   model.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of weights and activations (default: as stored)')
+  model.add_argument('--ple_placement', choices=PLE_PLACEMENTS, default='device',
+                     help='where the PLE table is, and whether the rest of PLE is folded into it (default: %(default)s)')
+  model.add_argument('--ple_table', choices=PLE_TABLES, default='as_is', help='how it is stored (default: %(default)s)')
+  model.add_argument('--weights', choices=WEIGHTS, default='as_is', help='how the other matrices are stored (default: %(default)s)')
   model.add_argument('--kv', default='exact', help='how keys and values are kept: exact, or separate (K and V of K=V layers apart)')
   how = parser.add_argument_group('sampling', 'Defaults are those of the checkpoint\'s generation_config.json.')
   for name, (kind, meaning) in _SAMPLING.items():
     how.add_argument(f'--{name}', type=kind, help=meaning)
+  how.add_argument('--stop', action='append', default=[], metavar='TEXT', help='end before this text; repeat it for more')
   how.add_argument('--seed', type=int, default=0, help='of the draws (default: %(default)s)')
   how.add_argument('--max_new_tokens', type=int, default=max_new_tokens, help='default: %(default)s')
 
@@ -117,16 +133,22 @@ def load_model(args: argparse.Namespace):
   if args.variant and args.tokenizer or args.checkpoint and args.shrink:
     raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
   from gemma4_jax import compilation, config
-  from gemma4_jax.sampling import text
+  from gemma4_jax.sampling import generate, pieces, text
   from gemma4_jax.sampling.sampler import Sampling
   Sampling(**_given(args)).check(2**31)
   if args.max_new_tokens < 1 or not 0 <= args.seed < 2**32:
     raise ValueError(f'--max_new_tokens={args.max_new_tokens}, --seed={args.seed}: at least 1, and from 0 to 2**32 - 1')
+  pieces.StopStrings(args.stop)
+  generate.check_kv(args.kv)
   compilation.keep()
+  how = dict(param_dtype=args.dtype, ple_placement=args.ple_placement, ple_table=args.ple_table, weights=args.weights, progress=True)
   if args.checkpoint:
-    return text.load(args.checkpoint, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=True)
-  cfg = config.variant(args.variant)
-  return text.random(config.shrink(cfg, vocab_size=1024, context_length=4096) if args.shrink else cfg, param_dtype=args.dtype)
+    model = text.load(args.checkpoint, tokenizer=args.tokenizer, **how)
+  else:
+    cfg = config.variant(args.variant)
+    model = text.random(config.shrink(cfg, vocab_size=1024, context_length=4096) if args.shrink else cfg, **how)
+  print(_described(args.checkpoint or args.variant, model), file=sys.stderr)
+  return model
 
 
 def sampling(args: argparse.Namespace, model):
@@ -173,6 +195,17 @@ class Thoughts:
     if self._begun:
       self._console.out('')
     self._begun = False
+
+
+def _described(name, model):
+  import jax
+  cfg, nbytes = model.cfg, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+  params = model.params.get('params', model.params)
+  host = [part['host'].nbytes for part in params.get('arm', {}).values() if 'host' in part]
+  weights = 'int8' if 'quant' in model.params else cfg.param_dtype
+  ple = f', PLE table {cfg.ple_placement} {cfg.ple_table}' if cfg.has_ple_table else ''
+  return (f'{name}: {cfg.num_layers} layers of width {cfg.width}, {cfg.dtype}, {nbytes:,} bytes of {weights} weights on the {jax.default_backend()}'
+          f'{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
 
 
 def _told(stats, cfg) -> str:

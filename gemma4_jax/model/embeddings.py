@@ -51,7 +51,9 @@ class PLE(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, ids_BT: jax.Array, prev_BT: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, PerLayer]:
+  def __call__(self, ids_BT: jax.Array, prev_BT: jax.Array, x_BTD: jax.Array, without: str | None = None,
+               ) -> tuple[jax.Array, PerLayer]:
+    """Args: without: 'table' or 'projection', that term of a sum of two is left out, for `intervention`."""
     cfg, arm = self.cfg, self.cfg.embedding
     D, P, which = x_BTD.shape[-1], cfg.ple_dim, cfg.inject_layers
     terms = []
@@ -70,11 +72,13 @@ class PLE(nn.Module):
     if arm != 'table_only':
       project = layers.Einsum(cfg, 'BTD,LPD->BTLP', (len(which), P, D), ('layers', 'ple', 'embed'), 1, name='project')
       # float32 as in PyTorch, which rounds the product and not the factor
-      context_BTLP = (project(x_BTD).astype(jnp.float32) * D**-0.5).astype(x_BTD.dtype)
-      terms.append(layers.RMSNorm(cfg, name='norm')(context_BTLP))
+      projected_BTLP = (project(x_BTD).astype(jnp.float32) * D**-0.5).astype(x_BTD.dtype)
+      terms.append(layers.RMSNorm(cfg, name='norm')(projected_BTLP))
     ple_BTLP = terms[0]
     if len(terms) == 2:
-      ple_BTLP = ((terms[0] + terms[1]).astype(jnp.float32) * 2**-0.5).astype(x_BTD.dtype)
+      table_BTLP, context_BTLP = terms
+      sum_BTLP = {None: table_BTLP + context_BTLP, 'projection': table_BTLP, 'table': context_BTLP}[without]
+      ple_BTLP = (sum_BTLP.astype(jnp.float32) * 2**-0.5).astype(x_BTD.dtype)
     return x_BTD, _spread(cfg, [ple_BTLP[:, :, i] for i in range(len(which))])
 
 

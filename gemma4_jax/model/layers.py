@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.native import matvec
+from gemma4_jax.turboquant.weights import Weight
 
 
 class Param(nn.LogicallyPartitioned):
@@ -34,6 +35,16 @@ def declare(module: nn.Module, name: str, init: Callable, shape: Sequence[int], 
   def boxed(key, shape, dtype):
     return Param(init(key, shape, dtype), names=tuple(axes), init=init)
   return module.param(name, boxed, tuple(shape), jnp.dtype(module.cfg.param_dtype))
+
+
+def weight(module: nn.Module, name: str, init: Callable, shape: Sequence[int], axes: Sequence[str]) -> jax.Array | Weight:
+  """As `declare`, but of the collection `quant`, if the weight is there: see `model.quantized`."""
+  if module.has_variable('quant', name):
+    found = module.get_variable('quant', name)
+    if found.shape != tuple(shape):
+      raise ValueError(f'{"/".join((*module.path, name))}: quantized weights of shape {found.shape}; this model has {tuple(shape)}')
+    return found
+  return declare(module, name, init, shape, axes)
 
 
 def init_params(module: nn.Module, seed: int, *args, **kwargs) -> dict:
@@ -78,7 +89,7 @@ def _draw(init, shape, dtype):
   return jax.jit(in_parts)
 
 
-def contract(x: jax.Array, w: jax.Array, axes: int, dtype=None, rows: str = 'xla') -> jax.Array:
+def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: str = 'xla') -> jax.Array:
   """Sums over the last `axes` axes of both: x [..., in], w [out, in] -> [..., out]; `dtype` of the result, default x's.
 
   As one matmul of two matrices: XLA would bring an einsum of more axes into that form with a transposed copy of each
@@ -88,8 +99,13 @@ def contract(x: jax.Array, w: jax.Array, axes: int, dtype=None, rows: str = 'xla
     rows: how few rows run, `cfg.matvec`.
   """
   dim = math.prod(x.shape[-axes:])
-  x_RK, w_NK = x.reshape(-1, dim), w.reshape(-1, dim)
-  if rows == 'native' and len(x_RK) <= matvec.MAX_ROWS:
+  x_RK = x.reshape(-1, dim)
+  native = rows == 'native' and len(x_RK) <= matvec.MAX_ROWS
+  if isinstance(w, Weight):
+    y = (matvec.dot(x_RK, w.codes, w.scale) if native else w.dot(x_RK)).astype(dtype or x.dtype)
+    return y.reshape(*x.shape[:-axes], *w.shape[:-axes])
+  w_NK = w.reshape(-1, dim)
+  if native:
     y = matvec.dot(x_RK, w_NK).astype(dtype or x.dtype)
   else:
     y = jax.lax.dot_general(x_RK, w_NK.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
@@ -110,7 +126,7 @@ class Einsum(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    w = declare(self, 'w', normal(self.fan_in**-0.5), self.shape, self.axes)
+    w = weight(self, 'w', normal(self.fan_in**-0.5), self.shape, self.axes)
     x_letters, w_letters, _ = re.split(',|->', self.eqn)
     return contract(x, w, axes=len(set(x_letters) & set(w_letters)), rows=self.cfg.matvec)
 
@@ -123,11 +139,23 @@ class Embed(nn.Module):
   std: float
 
   def setup(self):
-    self.table = declare(self, 'table', normal(self.std), self.shape, self.axes)
+    self.table = weight(self, 'table', normal(self.std), self.shape, self.axes)
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Args: ids: int32 in [0, V), any shape. Returns: [*ids.shape, *shape[1:]]."""
-    return jnp.take(self.table, ids, axis=0).astype(self.cfg.dtype)
+    if isinstance(self.table, Weight):
+      return self.table.take(ids, self.cfg.dtype)
+    return take(self.table, ids).astype(self.cfg.dtype)
+
+
+def take(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows of a table: jnp.take(table, ids, axis=0)."""
+  rows = partial(jnp.take, axis=0)
+
+  def inside(table, ids):   # a branch, out of which XLA:CPU cannot move its float32 copy of a whole bfloat16 table (E2B's: 9.4 GB)
+    return jax.lax.cond(ids.max() < 0, lambda table, ids: jnp.zeros((*ids.shape, *table.shape[1:]), table.dtype), rows, table, ids)
+
+  return jax.lax.platform_dependent(table, ids, cpu=inside if table.dtype == jnp.bfloat16 else rows, default=rows)
 
 
 class RMSNorm(nn.Module):
@@ -137,11 +165,24 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.cfg.norm_eps)
+    y = _unit_rms(x.astype(jnp.float32), self.cfg.norm_eps)
     if self.scale:
       y = y * declare(self, 'scale', constant(1.0), x.shape[-1:], ('norm',)).astype(jnp.float32)
     return y.astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _unit_rms(x, eps):
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+@_unit_rms.defjvp
+def _unit_rms_jvp(eps, primals, tangents):
+  """In two passes over the activations instead of the four of a derivative step by step."""
+  (x,), (dx,) = primals, tangents
+  r = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+  y = x * r
+  return y, r * (dx - y * jnp.mean(y * dx, axis=-1, keepdims=True))
 
 
 def activation(cfg: ModelConfig, x: jax.Array) -> jax.Array:
@@ -171,8 +212,17 @@ def rope_angles(pos_BT: jax.Array, head_dim: int, base: float, fraction: float) 
   half, turning = head_dim // 2, int(fraction * head_dim // 2)
   j = jnp.arange(half, dtype=jnp.float32)
   freq_H = jnp.where(j < turning, base ** (-2 * j / head_dim), 0.0)
-  angle_BTH = pos_BT.astype(jnp.float32)[..., None] * freq_H
-  return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+  def angles(pos_BT):
+    angle_BTH = pos_BT.astype(jnp.float32)[..., None] * freq_H
+    return jnp.cos(angle_BTH), jnp.sin(angle_BTH)
+
+  def once(pos_BT):   # XLA:CPU, could it see through to them, would compute them again for every head of every layer, each way
+    zeros = jnp.zeros((*pos_BT.shape, half))
+    return jax.lax.cond(pos_BT.max() < 0, lambda _: (zeros, zeros), angles, pos_BT)
+
+  return jax.lax.platform_dependent(pos_BT, cpu=once, default=angles)
+
 
 
 def rope(x_BTNH: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
-from rich import progress as rich_progress
+from rich import console as rich_console, progress as rich_progress
 
 from gemma4_jax import config
 from gemma4_jax.config import ModelConfig
@@ -48,7 +48,7 @@ def place(cfg: ModelConfig, params: dict, *, placement: str = 'device', storage:
   """
   config.check_trainable(cfg)
   cfg = cfg.replace(ple_placement=placement, ple_table=storage)
-  if cfg.embedding not in config.PLE_ARMS or cfg.embedding == 'projection_only':
+  if not cfg.has_ple_table:
     raise ValueError(f'model.embedding: {cfg.embedding!r} has no PLE table to place')
   arm, name = dict(params.get('arm', {})), 'frozen_lookup' if cfg.embedding == 'frozen_table' else 'lookup'
   table = dict(arm.get(name, {})).get('table')
@@ -98,8 +98,9 @@ def _vectors(cfg, params):
 def _convert(rows, shape, cfg, progress):
   """The whole table as `ple_table.encode` stores its rows, block by block."""
   step = max(1, _BLOCK_BYTES // (4 * math.prod(shape[1:])))
-  whole = None
-  for start in rich_progress.track(range(0, shape[0], step), f'PLE table: {cfg.ple_placement}, {cfg.ple_table}', disable=not progress):
+  whole, console = None, rich_console.Console(stderr=True)
+  for start in rich_progress.track(range(0, shape[0], step), f'PLE table: {cfg.ple_placement}, {cfg.ple_table}', console=console,
+                                   disable=not (progress and console.is_terminal)):
     stop = min(start + step, shape[0])
     parts = ple_table.encode(rows(start, stop), cfg.ple_table)
     whole = whole or {name: np.empty((shape[0], *part.shape[1:]), part.dtype) for name, part in parts.items()}

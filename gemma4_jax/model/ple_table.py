@@ -18,6 +18,7 @@ import numpy as np
 
 from gemma4_jax import config
 from gemma4_jax.config import ModelConfig
+from gemma4_jax.model import layers
 
 _BITS = {'int8': 8, 'int4': 4}
 
@@ -116,7 +117,7 @@ class PlacedTable(nn.Module):
       raise ValueError(f'model.ple_placement: {cfg.ple_placement!r} is not where these parameters have the table: use the config '
                        f'that came with them from ple_placement.place')
     _check_layout(cfg, found['host'].arrays if cfg.ple_on_host else found, self.shape)
-    parts = found['host'].read(ids) if cfg.ple_on_host else {name: jnp.take(array, ids, axis=0) for name, array in found.items()}
+    parts = found['host'].read(ids) if cfg.ple_on_host else {name: layers.take(array, ids) for name, array in found.items()}
     return decode(parts, cfg.ple_table, cfg.dtype)
 
 

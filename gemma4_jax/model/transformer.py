@@ -7,8 +7,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from gemma4_jax.config import GATE, UNGATED, UP, VALUE, LayerSpec, ModelConfig
+from gemma4_jax.config import GATE, UNGATED, UP, VALUE, Group, LayerSpec, ModelConfig
 from gemma4_jax.model import attention, embeddings, kv_cache, layers, moe
+from gemma4_jax.model.intervention import LEFT_OUT, Intervention, kinds
 
 
 class Block(nn.Module):
@@ -17,12 +18,14 @@ class Block(nn.Module):
   spec: LayerSpec
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, stream: attention.Stream, kv: Any, vector: jax.Array | None) -> tuple[jax.Array, Any]:
+  def __call__(self, x_BTD: jax.Array, stream: attention.Stream, kv: Any, vector: jax.Array | None,
+               open_gate: jax.Array | None = None) -> tuple[jax.Array, Any]:
     """Returns (x, the K/V this layer read).
 
     Args:
       kv: as `attention.Attention` takes it.
       vector: [B, T, inject_dim] of the embedding arm, where the spec says so.
+      open_gate: bool [], whether its gate is 1; None: it is not.
     """
     cfg, spec = self.cfg, self.spec
     norm = partial(layers.RMSNorm, cfg)
@@ -47,7 +50,8 @@ class Block(nn.Module):
       u_BTP = vector
       if spec.inject == GATE:   # the gate reads the raw stream: this sub-block has no pre-norm
         gate = layers.Einsum(cfg, 'BTD,PD->BTP', (P, D), ('ple', 'embed'), D, name='ple_gate')
-        u_BTP = layers.activation(cfg, gate(x_BTD)) * vector
+        gate_BTP = layers.activation(cfg, gate(x_BTD))
+        u_BTP = (gate_BTP if open_gate is None else jnp.where(open_gate, jnp.ones_like(gate_BTP), gate_BTP)) * vector
       h_BTD = layers.Einsum(cfg, 'BTP,DP->BTD', (D, P), ('embed', 'ple'), P, name='ple_project')(u_BTP)
       x_BTD = x_BTD + post(name='post_ple_norm')(h_BTD)
 
@@ -57,26 +61,39 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-  """The body of a scan: one period of blocks. Carries the stream and the last K/V made, which later groups borrow."""
+  """The body of a scan: one period of blocks, each run of like blocks again a scan. Carries the stream and the last K/V made,
+  which later groups borrow."""
   cfg: ModelConfig
-  specs: tuple[LayerSpec, ...]
-  kept: tuple[tuple[int, int], ...]   # (place in the period, layer) of K/V to carry
+  group: Group
+  kept: tuple[tuple[int, int], ...]   # (run, layer) of K/V to carry
 
   @nn.compact
   def __call__(self, carry, vectors, stream, lent):
     x_BTD, kept = carry
-    made = {}
-    for place, spec in enumerate(self.specs):
-      block = _remat(self.cfg, in_scan=True)(self.cfg, spec, name=f'block_{place}')
-      x_BTD, made[place] = block(x_BTD, stream, lent.get(spec.kv_from), vectors[place])
-    return (x_BTD, kept | {layer: made[place] for place, layer in self.kept}), None
+    for run, (place, count) in enumerate(self.group.runs):
+      spec, layer = self.group.period[place], dict(self.kept).get(run)
+
+      def step(block, carry, vector, stream, kv, keep=layer is not None):
+        x_BTD, made = block(carry[0], stream, kv, vector)
+        return (x_BTD, made if keep else None), None
+
+      block = _remat(self.cfg, in_scan=True)(self.cfg, spec, name=f'run_{run}')
+      (x_BTD, made), _ = _scan(step, count)(block, (x_BTD, kept.get(layer)), vectors[run], stream, lent.get(spec.kv_from))
+      kept = kept | ({} if layer is None else {layer: made})
+    return (x_BTD, kept), None
+
+
+def _scan(body, length):
+  """Over weights and the first argument after the carry; the other two are the same for all."""
+  return nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=length, in_axes=(0, nn.broadcast, nn.broadcast))
 
 
 class Transformer(nn.Module):
   """Gemma 4's text decoder.
 
-  Weights are canonical per layer, `layer_0` .. `layer_{L-1}`. With `cfg.scan` the blocks of a group share one compiled body
-  and their weights are stacked: `group_0/block_0` ..; `stack` and `unstack` convert.
+  Weights are canonical per layer, `layer_0` .. `layer_{L-1}`. With `cfg.scan` the like blocks of a group share one compiled
+  body and their weights are stacked, `group_0/run_0` ..: [repeats of the period, blocks of the run, ...]; `stack` and `unstack`
+  convert.
   """
   cfg: ModelConfig
 
@@ -93,7 +110,8 @@ class Transformer(nn.Module):
       self.unembedder = layers.Einsum(cfg, '...D,VD->...V', (cfg.vocab_size, D), ('vocab', 'embed'), D)
 
   def __call__(self, ids_BT: jax.Array, pos_BT: jax.Array | None = None, seg_BT: jax.Array | None = None, *, head: bool = True,
-               cache: kv_cache.Cache | None = None, last_only: bool = False) -> tuple[jax.Array, dict[str, Any]]:
+               cache: kv_cache.Cache | None = None, last_only: bool = False, intervention: Intervention | None = None,
+               ) -> tuple[jax.Array, dict[str, Any]]:
     """Returns (logits [B, T, V] float32, out).
 
     Args:
@@ -105,7 +123,9 @@ class Transformer(nn.Module):
         behind them. The caller sees to it that they fit.
       last_only: logits [B, 1, V] of each row's last token alone. Layers that borrow K/V, which no later token reads, then run
         for that token alone.
-    `out` holds named intermediates: 'embedded' and 'final', each [B, T, D], and with a cache 'cache', the one to go on with.
+      intervention: on the per-layer vectors and their gates.
+    `out` holds named intermediates: 'embedded' and 'final', each [B, T, D]; 'vectors', the per-layer vectors that enter the blocks,
+    [B, T, inject_dim] or None each; and with a cache 'cache', the one to go on with.
     """
     cfg = self.cfg
     seg_BT = jnp.ones_like(ids_BT) if seg_BT is None else seg_BT
@@ -119,13 +139,15 @@ class Transformer(nn.Module):
     last_B = jnp.maximum((seg_BT > 0).sum(1) - 1, 0) if last_only else None
 
     x_BTD, vectors = self.embed(known_BT, prev_BT)
-    out = {'embedded': x_BTD}
+    if intervention is not None:
+      vectors = self._intervene(intervention, known_BT, prev_BT, x_BTD, vectors)
+    out = {'embedded': x_BTD, 'vectors': vectors}
     if cfg.scan:
-      if cache is not None or last_only:
-        raise ValueError('model.scan: caches are for layers one by one: use cfg.replace(scan=False) and `unstack`')
+      if cache is not None or last_only or intervention is not None:
+        raise ValueError('model.scan: caches and interventions are for layers one by one: use cfg.replace(scan=False) and `unstack`')
       x_BTD = self._scan_groups(x_BTD, stream, vectors)
     else:
-      x_BTD, made = self._run_layers(x_BTD, stream, vectors, cache, last_B)
+      x_BTD, made = self._run_layers(x_BTD, stream, vectors, cache, last_B, intervention)
     if cache is not None:
       count_B = (seg_BT > 0).sum(1, dtype=jnp.int32)
       out['cache'] = kv_cache.Cache(
@@ -148,7 +170,12 @@ class Transformer(nn.Module):
       logits = self.unembedder(x_BTD)
     return softcap(logits.astype(jnp.float32), self.cfg.final_softcap)
 
-  def _run_layers(self, x_BTD, stream, vectors, cache=None, last_B=None):
+  def _intervene(self, intervention, ids_BT, prev_BT, x_BTD, vectors):
+    _, resampled = self.embed(intervention.ids_BT, prev_BT)
+    terms = {kind: self.arm(ids_BT, prev_BT, x_BTD, without)[1] for kind, without in LEFT_OUT.items() if kind in kinds(self.cfg)}
+    return intervention.vectors(vectors, resampled, terms)
+
+  def _run_layers(self, x_BTD, stream, vectors, cache=None, last_B=None, intervention=None):
     cfg, made = self.cfg, []
     owners = cfg.num_layers - cfg.num_kv_shared_layers
     for i, (block, spec, vector) in enumerate(zip(self.layer, cfg.layers, vectors, strict=True)):
@@ -157,25 +184,22 @@ class Transformer(nn.Module):
       if last_B is not None and i >= owners and vector is not None:
         vector = _at(vector, last_B)
       kv = made[spec.kv_from] if spec.kv_from is not None else None if cache is None else cache.layers[i]
-      x_BTD, kv = block(x_BTD, stream, kv, vector)
+      x_BTD, kv = block(x_BTD, stream, kv, vector, None if intervention is None else intervention.opens_gate(i))
       made.append(kv)
     return (_at(x_BTD, last_B) if last_B is not None and owners == cfg.num_layers else x_BTD), made
 
   def _scanned(self, group, name):
     """One body for all repeats; K/V that a later group borrows leave with the carry of the last repeat."""
-    donors = {spec.kv_from for spec in self.cfg.layers} - {None}
-    last = group.repeats - 1
-    kept = tuple((place, layer) for place in range(len(group.period)) if (layer := group.layer(last, place)) in donors)
-    body = nn.scan(Period, variable_axes={'params': 0}, split_rngs={'params': True}, length=group.repeats,
-                   in_axes=(0, nn.broadcast, nn.broadcast))
-    return body(self.cfg, group.period, kept, name=name)
+    donors = {spec.kv_from for spec in self.cfg.layers} - {None}   # the last owner of its kind: it ends its run
+    kept = tuple((run, layer) for run in range(len(group.runs)) if (layer := group.layers(run)[-1][-1]) in donors)
+    return _scan(Period, group.repeats)(self.cfg, group, kept, name=name)
 
   def _scan_groups(self, x_BTD, stream, vectors):
     lent = {}
     for body, group in zip(self.group, self.cfg.groups, strict=True):
-      stacked = {place: None if group.period[place].inject is None else jnp.stack(
-          [vectors[group.layer(repeat, place)] for repeat in range(group.repeats)]) for place in range(len(group.period))}
-      empty = {layer: self._empty_kv(x_BTD, group.period[place]) for place, layer in body.kept}
+      stacked = {run: None if group.period[place].inject is None else _stack_rows(group.layers(run), vectors, lambda *vs: jnp.stack(vs))
+                 for run, (place, _) in enumerate(group.runs)}
+      empty = {layer: self._empty_kv(x_BTD, group.period[group.runs[run][0]]) for run, layer in body.kept}
       (x_BTD, kept), _ = body((x_BTD, empty), stacked, stream, lent)
       lent = lent | kept
     return x_BTD
@@ -183,6 +207,11 @@ class Transformer(nn.Module):
   def _empty_kv(self, x_BTD, spec):
     zeros = jnp.zeros((*x_BTD.shape[:2], spec.num_kv_heads, spec.head_dim), x_BTD.dtype)
     return attention.FreshKV(zeros, zeros)
+
+
+def _stack_rows(layers_RC, of, join):
+  """`of[layer]` of a run's layers, joined for each repeat and then over the repeats."""
+  return join(*(join(*(of[layer] for layer in row)) for row in layers_RC))
 
 
 def _at(x_BT: jax.Array, t_B: jax.Array) -> jax.Array:
@@ -201,6 +230,11 @@ def _remat(cfg: ModelConfig, in_scan: bool = False):
   return nn.remat(Block, policy=policy, prevent_cse=not in_scan)
 
 
+def variables(params: dict) -> dict:
+  """What `apply` takes, of a tree of parameters or of variables that are that already (`model.quantized`)."""
+  return params if 'params' in params else {'params': params}
+
+
 def init(cfg: ModelConfig, seed: int) -> dict:
   """Parameters of `Transformer(cfg)` from a seed, leaf by leaf (`layers.init_params`); stacked if `cfg.scan`."""
   params = layers.init_params(Transformer(cfg.replace(scan=False)), seed, jnp.zeros((1, 1), jnp.int32))
@@ -213,19 +247,21 @@ def abstract(cfg: ModelConfig) -> dict:
 
 
 def stack(cfg: ModelConfig, params: dict, join=lambda *ws: jnp.stack(ws)) -> dict:
-  """Canonical per-layer weights -> one stack a group, place and weight, [repeats, ...]: what `cfg.scan` reads.
+  """Canonical per-layer weights -> one stack a group, run and weight, [repeats, blocks of the run, ...]: what `cfg.scan` reads.
 
   Args:
-    join: makes one leaf of the `repeats` leaves of a stack, for trees of other things than arrays.
+    join: makes one leaf of several, with a leading axis more, for trees of other things than arrays.
   """
   rest = {name: value for name, value in params.items() if not name.startswith('layer_')}
-  return rest | {f'group_{g}': {f'block_{place}': jax.tree.map(
-      join, *(params[f'layer_{group.layer(r, place)}'] for r in range(group.repeats)))
-      for place in range(len(group.period))} for g, group in enumerate(cfg.groups)}
+  layers_of = {i: params[f'layer_{i}'] for i in range(cfg.num_layers)}
+  joined = lambda *trees: jax.tree.map(join, *trees)
+  return rest | {f'group_{g}': {f'run_{run}': _stack_rows(group.layers(run), layers_of, joined) for run in range(len(group.runs))}
+                 for g, group in enumerate(cfg.groups)}
 
 
 def unstack(cfg: ModelConfig, params: dict) -> dict:
   """The inverse of `stack`."""
   rest = {name: value for name, value in params.items() if not name.startswith('group_')}
-  return rest | {f'layer_{group.layer(r, place)}': jax.tree.map(lambda w: w[r], params[f'group_{g}'][f'block_{place}'])
-                 for g, group in enumerate(cfg.groups) for r in range(group.repeats) for place in range(len(group.period))}
+  return rest | {f'layer_{layer}': jax.tree.map(lambda w: w[r, c], params[f'group_{g}'][f'run_{run}'])
+                 for g, group in enumerate(cfg.groups) for run in range(len(group.runs))
+                 for r, row in enumerate(group.layers(run)) for c, layer in enumerate(row)}

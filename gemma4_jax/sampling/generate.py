@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma4_jax import compilation
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.chat import STOP_IDS
 from gemma4_jax.model import kv_cache, transformer
@@ -64,7 +65,7 @@ def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *
   """Continues every prompt.
 
   Args:
-    params: the canonical tree, as `checkpoint.load` and `transformer.init` give it.
+    params: the canonical tree, as `checkpoint.load` and `transformer.init` give it, or variables of `model.quantized`.
     prompts: token ids, one sequence a row; BOS is the caller's.
     max_new_tokens: of every row, at most.
     sampling: for all rows, or one a row.
@@ -235,16 +236,21 @@ def make_cache(cfg: ModelConfig, batch: int, capacity: int, kv: str = 'exact') -
   Raises:
     ValueError: no such kind.
   """
-  kinds = ('exact', 'separate')
-  if kv not in kinds:
-    raise ValueError(f'kv: {kv!r} is none of {", ".join(kinds)}')
+  check_kv(kv)
   return kv_cache.make(cfg, batch, capacity, unified=kv == 'exact')
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=(2, 3, 4))
+def check_kv(kv: str) -> None:
+  """Raises ValueError: no such kind of cache."""
+  kinds = ('exact', 'separate')
+  if kv not in kinds:
+    raise ValueError(f'kv: {kv!r} is none of {", ".join(kinds)}')
+
+
+@partial(compilation.Jitted, options=compilation.lean_options, static_argnums=0, donate_argnums=(2, 3, 4))
 def _prefill(cfg, params, cache, seen_BV, logits_BV, ids_BT, seg_BT):
   """Adds a chunk; rows that have tokens in it get the logits after their last."""
-  new_BV, out = transformer.Transformer(cfg).apply({'params': params}, ids_BT, None, seg_BT, cache=cache, last_only=True)
+  new_BV, out = transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, cache=cache, last_only=True)
   known_BT = jnp.where(seg_BT > 0, ids_BT, cfg.vocab_size)
   seen_BV = jax.vmap(lambda seen_V, ids_T: seen_V.at[ids_T].set(True, mode='drop'))(seen_BV, known_BT)
   return out['cache'], seen_BV, jnp.where((seg_BT > 0).any(1)[:, None], new_BV[:, 0], logits_BV)
@@ -263,7 +269,7 @@ def _decode(cfg, params, state, settings, keys_B, stops, limit, *, slots):
   def step(carry):
     state, tokens, logprobs = carry
     seg_B1 = (~state.done_B).astype(jnp.int32)[:, None]
-    logits, out = transformer.Transformer(cfg).apply({'params': params}, state.token_B[:, None], None, seg_B1, cache=state.cache)
+    logits, out = transformer.Transformer(cfg).apply(transformer.variables(params), state.token_B[:, None], None, seg_B1, cache=state.cache)
     at = state.count - start
     state = _choose(state.replace(cache=out['cache']), logits[:, 0], settings, keys_B, stops)
     return state, tokens.at[:, at].set(state.token_B), logprobs.at[:, at].set(state.logprob_B)
@@ -286,11 +292,11 @@ def _choose(state, logits_BV, settings, keys_B, stops):
 def _logprobs(cfg, params, ids_BT, seg_BT):
   """log p of token t + 1 at place t, [B, T]; a row at a time through the head, whose logits never exist whole."""
   model = transformer.Transformer(cfg)
-  x_BTD, _ = model.apply({'params': params}, ids_BT, None, seg_BT, head=False)
+  x_BTD, _ = model.apply(transformer.variables(params), ids_BT, None, seg_BT, head=False)
 
   def row(args):
     x_TD, next_T = args
-    logits_TV = model.apply({'params': params}, x_TD, method='head')
+    logits_TV = model.apply(transformer.variables(params), x_TD, method='head')
     return jnp.take_along_axis(logits_TV, next_T[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits_TV, axis=-1)
 
   chunk = min(ids_BT.shape[1], 128)

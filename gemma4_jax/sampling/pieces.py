@@ -1,5 +1,7 @@
 """Tokens that come one at a time to the text they make certain."""
 
+from collections.abc import Sequence
+
 from gemma4_jax.data.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -11,9 +13,17 @@ class Decoder(StreamDecoder):
 
 
 class StopStrings:
-  """Lets text through up to the stop string that is complete first, however it is cut into pieces."""
+  """Lets text through up to the stop string that is complete first, however it is cut into pieces.
 
-  def __init__(self, stops: tuple[str, ...]):
+  Attributes:
+    found: whether one came.
+  """
+
+  def __init__(self, stops: str | Sequence[str]):
+    """Raises ValueError: they are no texts, or empty ones."""
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    if not all(isinstance(stop, str) and stop for stop in stops):
+      raise ValueError(f'stop_strings: {stops!r}: give texts that are not empty')
     self.found, self._stops, self._held = False, stops, ''
 
   def push(self, text: str) -> str:
@@ -29,6 +39,19 @@ class StopStrings:
   def flush(self) -> str:
     held, self._held = self._held, ''
     return held
+
+
+class Plain:
+  """Generated tokens -> pieces of their text, in the form of `Sections`."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._decoder = Decoder(tokenizer)
+
+  def push(self, token: int) -> list[tuple[str, str]]:
+    return [('content', self._decoder.push(token))]
+
+  def end(self) -> list[tuple[str, str]]:
+    return [('content', self._decoder.flush())]
 
 
 class Sections:

@@ -1,6 +1,6 @@
-"""Logits to a token: temperature, top-k, top-p, min-p and repetition penalty, each row with its own settings and seed.
+"""Logits to a token: temperature, top-k, top-p, min-p, repetition penalty and tokens left out, each row with its own settings and seed.
 
-In the order of `transformers`: penalty, temperature, top-k, top-p among what top-k left, min-p among what top-p left.
+In the order of `transformers`: penalty, suppressed tokens, temperature, top-k, top-p among what top-k left, min-p among what top-p left.
 """
 
 from collections.abc import Sequence
@@ -23,26 +23,31 @@ class Sampling:
     top_p: the fewest tokens that hold this much probability; 1 for all.
     min_p: tokens at least this share as likely as the likeliest.
     repetition_penalty: logits of tokens that the row holds already are divided by it where positive, else multiplied.
+    suppress_tokens: ids that are never chosen, such as the placeholders of images.
   """
   temperature: float = 1.0
   top_k: int = 64
   top_p: float = 0.95
   min_p: float = 0.0
   repetition_penalty: float = 1.0
+  suppress_tokens: tuple[int, ...] = ()
 
   def check(self, vocab_size: int) -> None:
     """Raises ValueError naming the setting."""
     def require(holds: bool, name: str, why: str):
       if not holds:
         raise ValueError(f'{name}: {getattr(self, name)!r} {why}')
-    for field in dataclasses.fields(self):
-      require(math.isfinite(getattr(self, field.name)), field.name, 'is no number')
+    for name in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
+      require(math.isfinite(getattr(self, name)), name, 'is no number')
     require(self.temperature >= 0, 'temperature', 'is negative; 0 is greedy')
     require(0 <= self.top_k <= vocab_size and self.top_k == int(self.top_k), 'top_k',
             f'is no whole number between 0 (all) and the vocabulary, {vocab_size}')
     require(0 < self.top_p <= 1, 'top_p', 'is not above 0 and at most 1')
     require(0 <= self.min_p <= 1, 'min_p', 'is not between 0 and 1')
     require(self.repetition_penalty > 0, 'repetition_penalty', 'is not positive')
+    require(all(isinstance(i, int | np.integer) and 0 <= i < vocab_size for i in self.suppress_tokens), 'suppress_tokens',
+            f'holds what is no id of the vocabulary, 0 to {vocab_size - 1}')
+    require(len(set(self.suppress_tokens)) < vocab_size, 'suppress_tokens', 'leaves no token to choose')
 
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
@@ -50,19 +55,28 @@ GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)
 
 @struct.dataclass
 class Settings:
-  """`Sampling` as arrays [B], so that other settings are no other program."""
+  """`Sampling` as arrays [B], so that other settings are no other program.
+
+  Suppressed tokens are [B, S], S a power of two from 8 on, filled up with ids beyond the vocabulary.
+  """
   temperature: jax.Array
   top_k: jax.Array
   top_p: jax.Array
   min_p: jax.Array
   repetition_penalty: jax.Array
+  suppress_tokens: jax.Array
 
   @classmethod
   def make(cls, rows: Sequence[Sampling], vocab_size: int) -> 'Settings':
     for row in rows:
       row.check(vocab_size)
     column = lambda name, dtype=np.float32: jnp.asarray(np.array([getattr(row, name) for row in rows], dtype))
-    return cls(column('temperature'), column('top_k', np.int32), column('top_p'), column('min_p'), column('repetition_penalty'))
+    most = max((len(row.suppress_tokens) for row in rows), default=0)
+    suppressed = np.full((len(rows), max(8, 1 << (most - 1).bit_length())), vocab_size, np.int32)
+    for i, row in enumerate(rows):
+      suppressed[i, :len(row.suppress_tokens)] = row.suppress_tokens
+    return cls(column('temperature'), column('top_k', np.int32), column('top_p'), column('min_p'), column('repetition_penalty'),
+               jnp.asarray(suppressed))
 
 
 def choose(logits_BV: jax.Array, settings: Settings, seen_BV: jax.Array, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,6 +89,8 @@ def choose(logits_BV: jax.Array, settings: Settings, seen_BV: jax.Array, keys_B:
   """
   scale_B1 = settings.repetition_penalty[:, None]
   penalised_BV = jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / scale_B1, logits_BV * scale_B1), logits_BV)
+  leave_out = jax.vmap(lambda logits_V, ids_S: logits_V.at[ids_S].set(-jnp.inf, mode='drop'))
+  penalised_BV = leave_out(penalised_BV, settings.suppress_tokens)
   greedy_B = jnp.argmax(penalised_BV, axis=-1).astype(jnp.int32)
   sampled_B = jax.lax.cond((settings.temperature > 0).any(), lambda: _draw(penalised_BV, settings, keys_B), lambda: greedy_B)
   token_B = jnp.where(settings.temperature > 0, sampled_B, greedy_B)

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 import time
 
-from absl import logging
 import numpy as np
 
 from gemma4_jax import compilation, config as model_config
@@ -22,7 +21,7 @@ from gemma4_jax.checkpoint import load as checkpoint, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data import chat as chat_format
 from gemma4_jax.data.tokenizer import GEMMA4_TOKENS, Tokenizer
-from gemma4_jax.model import transformer
+from gemma4_jax.model import ple_placement as placing, quantized, transformer
 from gemma4_jax.sampling import generate, pieces
 from gemma4_jax.sampling.sampler import Sampling
 
@@ -30,44 +29,64 @@ _STEPS = 16   # between two looks for stop strings, where nobody waits for the t
 
 
 def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokenizer: str | os.PathLike | None = None,
-         progress: bool = False) -> 'Model':
+         ple_placement: str = 'device', ple_table: str = 'as_is', weights: str = 'as_is', progress: bool = False) -> 'Model':
   """A model from a checkpoint directory of any kind that `checkpoint.load` reads.
 
-  Beside the weights are read: tokenizer.json; chat_template.jinja, if there; generation_config.json, if there: its
-  eos_token_id are the stop ids (else <eos>, <turn|> and <|tool_response>) and its settings the default ones.
+  Beside the weights (a run's are in its folder) are read: tokenizer.json; chat_template.jinja, if there; generation_config.json,
+  if there: its eos_token_id are the stop ids (else <eos>, <turn|> and <|tool_response>) and its settings the default ones.
 
   Args:
     param_dtype: 'float32' or 'bfloat16'; None: as stored.
-    tokenizer: a tokenizer.json in place of the directory's; a run's folder has none.
+    tokenizer: a tokenizer.json in place of the directory's.
+    ple_placement: where the PLE table goes, of config.PLE_PLACEMENTS: see `model.ple_placement`. A table for the host is
+      memory-mapped where its file allows, and never on the device.
+    ple_table: how it is stored, of config.PLE_TABLES.
+    weights: how the matrices are stored, of config.WEIGHTS: see `model.quantized`.
     progress: a bar, on a terminal.
   Raises:
-    ValueError: one line, before a weight is read: what is wrong with the directory, or a tokenizer that is not this model's.
+    ValueError: one line, before a weight is read: what is wrong with the directory, a tokenizer that is not this model's, or a
+      table that the model has not.
   """
-  folder = Path(directory).expanduser()
-  found = checkpoint.find(folder)
+  directory = Path(directory).expanduser()
+  found = checkpoint.find(directory)
+  found.cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
+  quantized.check(weights)
+  folder = found.home
   if tokenizer is None and not (folder / 'tokenizer.json').exists():
-    raise ValueError(f'{folder}: no tokenizer.json; copy the one of the release there, or name one (tokenizer)')
+    raise ValueError(f'{folder}: no tokenizer.json; copy the one the model was trained with there, or name one (tokenizer)')
   tokens = Tokenizer.load(source.inside(folder, 'tokenizer.json') if tokenizer is None else tokenizer)
   if tokens.vocab_size > found.cfg.vocab_size:
     raise ValueError(f'{tokenizer or folder / "tokenizer.json"}: its {tokens.vocab_size} entries are more than the model\'s '
                      f'vocabulary of {found.cfg.vocab_size}: another model\'s tokenizer')
   template = chat_format.load_template(folder) if source.inside(folder, 'chat_template.jinja').exists() else None
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
-  cfg, params = checkpoint.load(folder, param_dtype=param_dtype, progress=progress)
+  moved = (ple_placement, ple_table) != ('device', 'as_is') and found.cfg.embedding != 'frozen_table'   # a toy's, of another name
+  cfg, params = checkpoint.load(directory, param_dtype=param_dtype, progress=progress, host=[placing.TABLE] if moved else [])
+  cfg, params = _placed(cfg, params, ple_placement, ple_table, weights, progress)
   return Model(generate.fastest(cfg), params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg))
 
 
-def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None = None) -> 'Model':
+def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None = None, ple_placement: str = 'device',
+           ple_table: str = 'as_is', weights: str = 'as_is', progress: bool = False) -> 'Model':
   """Random weights and a stand-in for the tokenizer, as large as the model's vocabulary: for tests, and for speed at full size.
 
+  Args: as those of `load`.
   Raises:
-    ValueError: no such variant, or a vocabulary that has no room for a tokenizer.
+    ValueError: no such variant, a vocabulary that has no room for a tokenizer, or a table that the model has not.
   """
   cfg = model_config.variant(variant) if isinstance(variant, str) else variant
   cfg = cfg.replace(scan=False, **(dict(param_dtype=param_dtype, dtype=param_dtype) if param_dtype else {}))
+  cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
+  quantized.check(weights)
   tokenizer = Tokenizer.stand_in(vocab_size=cfg.vocab_size)
-  return Model(generate.fastest(cfg), transformer.init(cfg, seed), tokenizer, _named_stops(tokenizer), Sampling(), None,
-               _empty_thought_channel(cfg))
+  cfg, params = _placed(cfg, transformer.init(cfg, seed), ple_placement, ple_table, weights, progress)
+  return Model(generate.fastest(cfg), params, tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg))
+
+
+def _placed(cfg, params, placement, storage, weights, progress):
+  if (placement, storage) != ('device', 'as_is'):   # a model without such a table has it there, too
+    cfg, params = placing.place(cfg, params, placement=placement, storage=storage, progress=progress)
+  return cfg, params if weights == 'as_is' else quantized.quantize(cfg, params, weights, consume=True, progress=progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +94,23 @@ class Completion:
   """What followed a prompt.
 
   Attributes:
-    text: without control tokens, up to the stop string if one came.
+    text: without control tokens, up to the stop string if one came; in a chat, the answer without its thoughts.
     tokens: int32 [n], what was chosen: with the stop id that ended it, or all that a stop string came with.
     logprobs: float32 [n], of each token under the model, without temperature or cuts.
     stopped: whether a stop id or a stop string ended it, not `max_new_tokens`.
+    message: in a chat, what `chat.parse` makes of the tokens, its content up to the stop string; else None.
   """
   text: str
   tokens: np.ndarray
   logprobs: np.ndarray
   stopped: bool
+  message: dict | None = None
+
+
+def likeliest(rows: Sequence[Completion]) -> list[Completion]:
+  """Those with the highest mean log-probability a token first. The mean is under the model alone, so that a longer one is not the
+  worse for it; a stop id counts."""
+  return sorted(rows, key=lambda row: -row.logprobs.mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +122,8 @@ class Model:
     max_new_tokens: of every row, at most.
     sampling: None: `self.sampling`.
     seed: row i draws from (seed, i); or one seed a row.
+    stop_strings: a row ends where the first of these is complete, and its text before it. In a chat they are looked for in
+      the answer, not in thoughts.
     kv: see `generate.make_cache`.
 
   Attributes:
@@ -104,7 +133,7 @@ class Model:
     empty_thought_channel: see `chat.EMPTY_THOUGHT_CHANNEL`.
   """
   cfg: ModelConfig
-  params: dict
+  params: dict     # or variables of `model.quantized`
   tokenizer: Tokenizer
   stop_ids: tuple[int, ...] = generate.STOP_IDS
   sampling: Sampling = Sampling()
@@ -117,10 +146,8 @@ class Model:
     """Continues a prompt, or each of several in one batch.
 
     Args:
-      stop_strings: a row ends where the first of these is complete, and its text before it.
       samples: continuations of every prompt.
-      best_of: draws so many and keeps the `samples` with the highest mean log-probability a token, the best one first. The
-        mean is under the model alone, so that a longer one is not the worse for it; a stop id counts.
+      best_of: draws so many and keeps the `samples` that are `likeliest`.
     Returns:
       a Completion; with `samples` above 1 a list of them; of several prompts a list of these.
     """
@@ -129,13 +156,12 @@ class Model:
     if samples < 1 or drawn < samples:
       raise ValueError(f'samples: {samples}, best_of: {best_of}: give at least one sample, and draw at least as many as are kept')
     run = self.start([self.encode(p) for p in prompts], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-                     stop_strings=stop_strings, samples=drawn, kv=kv, every=_STEPS if stop_strings else max_new_tokens)
+                     stop_strings=stop_strings, samples=drawn, kv=kv)
     done = run.finish()
     found = []
     for i in range(len(prompts)):
       rows = done[i * drawn:(i + 1) * drawn]
-      if best_of is not None:
-        rows.sort(key=lambda row: -row.logprobs.mean())
+      rows = rows if best_of is None else likeliest(rows)
       found.append(rows[0] if samples == 1 else rows[:samples])
     return found[0] if isinstance(prompt, str) else found
 
@@ -145,18 +171,24 @@ class Model:
 
     A character comes whole, and text that could begin a stop string when it is certain that it does not.
     """
-    run = self.start([self.encode(prompt)], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=stop_strings, kv=kv)
-    return (piece for piece, in run if piece)
+    run = self.start([self.encode(prompt)], max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_strings=stop_strings, kv=kv,
+                     every=1)
+    return (piece for new, in run for _, piece in new)
 
   def chat(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
-           max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, kv: str = 'exact') -> dict:
+           max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = (),
+           kv: str = 'exact') -> dict:
     """The assistant's next message, as `chat.parse` gives it; messages and tools as `chat.encode` takes them."""
-    return self._reply(messages, tools, thinking, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, kv=kv, every=_STEPS).finish()
+    run = self.start([self.encode_chat(messages, tools, thinking=thinking)], chat=True, max_new_tokens=max_new_tokens, sampling=sampling,
+                     seed=seed, stop_strings=stop_strings, kv=kv)
+    return Reply(run).finish()
 
   def chat_stream(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
-                  max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, kv: str = 'exact') -> 'Reply':
+                  max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = (),
+                  kv: str = 'exact') -> 'Reply':
     """As `chat`, in pieces."""
-    return self._reply(messages, tools, thinking, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, kv=kv)
+    return Reply(self.start([self.encode_chat(messages, tools, thinking=thinking)], chat=True, max_new_tokens=max_new_tokens,
+                            sampling=sampling, seed=seed, stop_strings=stop_strings, kv=kv, every=1))
 
   def score(self, prompt: str, continuations: Sequence[str]) -> list[np.ndarray]:
     """log p of every token of each continuation after the prompt, float32 [n] each; sum for the text's.
@@ -187,9 +219,6 @@ class Model:
     return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), capacity, kv=kv), kv=kv,
                max_new_tokens=max_new_tokens, samples=samples, **settings)
 
-  def _reply(self, messages, tools, thinking, **settings):
-    return Reply(self, self.start([self.encode_chat(messages, tools, thinking=thinking)], **settings))
-
 
 @dataclasses.dataclass
 class Stats:
@@ -204,7 +233,9 @@ class Stats:
 
 
 class Run:
-  """Rows that are being continued: yields every row's new text after each `every` steps; nothing runs before the first.
+  """Rows that are being continued; nothing runs before the first is asked for.
+
+  Yields, after each `every` steps, every row's new text: pieces (kind, text), kind being 'content', or 'reasoning' in a chat.
 
   Attributes:
     rows: as far as they are, `samples` for every prompt.
@@ -214,10 +245,14 @@ class Run:
 
   def __init__(self, model: Model, new: Sequence[np.ndarray], open_session: Callable[[], generate.Session], *, kv: str, max_new_tokens: int,
                sampling: Sampling | None = None, seed: int | Sequence[int] = 0, stop_strings: Sequence[str] = (), samples: int = 1,
-               every: int = 1):
-    """Args: open_session: gives that to which the ids `new` are added, once all settings are found sound."""
+               every: int | None = None, chat: bool = False):
+    """
+    Args:
+      open_session: gives that to which the ids `new` are added, once all settings are found sound.
+      every: None: as seldom as stop strings allow.
+      chat: the rows are messages of the assistant.
+    """
     sampling = model.sampling if sampling is None else sampling
-    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
     sampling.check(model.cfg.vocab_size)
     if max_new_tokens < 1 or samples < 1:
       raise ValueError(f'max_new_tokens: {max_new_tokens}, samples: {samples}: not positive')
@@ -226,14 +261,13 @@ class Run:
       raise ValueError(f'seed: {seed!r} is no whole number from 0 to 2**32 - 1')
     if not one and len(seed) != len(new) * samples:
       raise ValueError(f'seed: {len(seed)} for {len(new) * samples} rows')
-    if not all(isinstance(s, str) and s for s in stop_strings):
-      raise ValueError(f'stop_strings: {stop_strings!r}: give texts that are not empty')
-    self.rows = [_Row(model, stop_strings) for _ in range(len(new) * samples)]
+    self.rows = [_Row(model, stop_strings, chat) for _ in range(len(new) * samples)]
     self.stats, self.finished = Stats(kv=kv), False
+    every = every or (_STEPS if stop_strings else max_new_tokens)
     settings = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=model.stop_ids, every=every)
     self._steps = self._run(open_session(), new, samples, settings)
 
-  def __iter__(self) -> Iterator[list[str]]:
+  def __iter__(self) -> Iterator[list[list[tuple[str, str]]]]:
     return self._steps
 
   def _run(self, session, new, samples, settings):
@@ -264,7 +298,8 @@ class Run:
 
   @property
   def completions(self) -> list[Completion]:
-    return [Completion(row.text, np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32), row.stopped) for row in self.rows]
+    return [Completion(row.text, np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32), row.stopped, row.message)
+            for row in self.rows]
 
 
 class Reply:
@@ -277,30 +312,18 @@ class Reply:
     run: the run behind it.
   """
 
-  def __init__(self, model: Model, run: Run):
-    self.run, self._model = run, model
-    self._pieces = self._stream()
+  def __init__(self, run: Run):
+    """Args: run: of one row, with `chat`."""
+    self.run = run
+    self._pieces = (piece for new, in run for piece in new)
 
   @property
   def message(self) -> dict:
     """As far as it is."""
-    tokenizer = self._model.tokenizer
-    return chat_format.parse([i for i in self.run.rows[0].tokens if i < tokenizer.vocab_size], tokenizer)
+    return self.run.rows[0].message
 
   def __iter__(self) -> Iterator[tuple[str, str]]:
     return self._pieces
-
-  def _stream(self):
-    sections, row, seen, said = pieces.Sections(self._model.tokenizer), self.run.rows[0], 0, ''
-    for _ in self.run:
-      new, seen = row.tokens[seen:], len(row.tokens)
-      found = [piece for token in new for piece in sections.push(token)]
-      for kind, piece in found + (sections.end() if self.run.finished else []):
-        said += piece if kind == 'content' else ''
-        yield kind, piece
-    content = self.message['content']
-    if content.startswith(said) and content != said:
-      yield 'content', content[len(said):]
 
   def finish(self) -> dict:
     """Runs to the end; the message."""
@@ -323,7 +346,7 @@ class Conversation:
     self._session, self._prompt, self._run = self._empty(), [], None
 
   def reply(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
-            max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0) -> Reply:
+            max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = ()) -> Reply:
     """The answer, of at most `max_new_tokens` or what the context has room for. Raises ValueError: it has no room at all."""
     ids = self._model.encode_chat(messages, tools, thinking=thinking).tolist()
     if len(ids) >= self.context:
@@ -339,9 +362,9 @@ class Conversation:
 
     new = np.array(ids[len(held):] if goes_on else ids, np.int32)
     self._run = Run(self._model, [new], open_session, kv=self._kv, max_new_tokens=min(max_new_tokens, self.context - len(ids)),
-                    sampling=sampling, seed=seed)
+                    sampling=sampling, seed=seed, stop_strings=stop_strings, every=1, chat=True)
     self._prompt = ids
-    return Reply(self._model, self._run)
+    return Reply(self._run)
 
   def _empty(self):
     return generate.Session(self._model.cfg, self._model.params, 1, self.context, kv=self._kv)
@@ -360,37 +383,60 @@ class _Clock:
 
 
 class _Row:
-  """Tokens of one row, and their text as far as it is certain."""
+  """Tokens of one row, and their text as far as it is certain; in a chat, that of the answer."""
 
-  def __init__(self, model: Model, stop_strings: tuple[str, ...]):
+  def __init__(self, model: Model, stop_strings: str | Sequence[str], chat: bool):
     self.text, self.tokens, self.logprobs, self.stopped = '', [], [], False
-    self._stop_ids, self._decoder = frozenset(model.stop_ids), pieces.Decoder(model.tokenizer)
+    self._tokenizer, self._stop_ids, self._stop_strings = model.tokenizer, frozenset(model.stop_ids), stop_strings
+    self._chat, self._parts = chat, (pieces.Sections if chat else pieces.Plain)(model.tokenizer)
     self._cut = pieces.StopStrings(stop_strings)
 
-  def push(self, tokens: np.ndarray, logprobs: np.ndarray) -> str:
-    """The text that these tokens make certain; what follows a stop is dropped."""
-    before = len(self.text)
+  @property
+  def message(self) -> dict | None:
+    """As far as it is; None if this is no chat."""
+    if not self._chat:
+      return None
+    message = chat_format.parse([i for i in self.tokens if i < self._tokenizer.vocab_size], self._tokenizer)
+    cut = pieces.StopStrings(self._stop_strings)
+    return {**message, 'content': cut.push(message['content']) + cut.flush()}
+
+  def push(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, str]]:
+    """The pieces that these tokens make certain; what follows a stop is dropped."""
+    new = []
     for token, logprob in zip(tokens, logprobs):
       if self.stopped:
         break
       self.tokens.append(int(token))
       self.logprobs.append(float(logprob))
-      self.text += self._cut.push(self._decoder.push(int(token)))
+      new += self._let(self._parts.push(int(token)))
       if token in self._stop_ids:
-        self.end()
+        new += self.end()
         self.stopped = True
-      self.stopped |= self._cut.found
-    return self.text[before:]
+    return new
 
-  def end(self) -> str:
+  def end(self) -> list[tuple[str, str]]:
     """What was held back."""
     if self.stopped:
-      return ''
-    held = self._cut.push(self._decoder.flush())
-    self.stopped = self._cut.found
-    held += '' if self.stopped else self._cut.flush()
-    self.text += held
-    return held
+      return []
+    new = self._let(self._parts.end())
+    if not self.stopped:
+      new += self._keep('content', self._cut.flush())
+    if self._chat and (content := self.message['content']).startswith(self.text):   # calls that are not well formed are text
+      new += self._keep('content', content[len(self.text):])
+    return new
+
+  def _let(self, parts):
+    """Up to a stop string."""
+    new = []
+    for kind, piece in parts:
+      if not self.stopped:
+        new += self._keep(kind, self._cut.push(piece) if kind == 'content' else piece)
+        self.stopped = self._cut.found
+    return new
+
+  def _keep(self, kind, piece):
+    self.text += piece if kind == 'content' else ''
+    return [(kind, piece)] if piece else []
 
 
 def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], Sampling]:
@@ -405,8 +451,10 @@ def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> 
       raise ValueError(f'{file}: eos_token_id = {i!r} is no token of the model\'s {cfg.vocab_size}')
   chosen = {field.name: fields[field.name] for field in dataclasses.fields(Sampling) if field.name in fields}
   for name, value in chosen.items():
-    if not isinstance(value, int | float) or isinstance(value, bool):
-      raise ValueError(f'{file}: {name} = {value!r} is no number')
+    kind, said = (list, 'list') if name == 'suppress_tokens' else (int | float, 'number')
+    if not isinstance(value, kind) or isinstance(value, bool):
+      raise ValueError(f'{file}: {name} = {value!r} is no {said}')
+    chosen[name] = tuple(value) if kind is list else value
   if fields.get('do_sample') is False:
     chosen['temperature'] = 0.0
   sampling = Sampling(**chosen)
@@ -414,8 +462,6 @@ def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> 
     sampling.check(cfg.vocab_size)
   except ValueError as error:
     raise ValueError(f'{file}: {error}') from None
-  if fields.get('suppress_tokens'):
-    logging.warning('%s: suppress_tokens are not suppressed here', file)
   return stops, sampling
 
 
@@ -425,7 +471,4 @@ def _named_stops(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def _empty_thought_channel(cfg: ModelConfig) -> bool:
-  """Of the released variant that has this size."""
-  size = lambda cfg: (cfg.num_layers, cfg.width, cfg.num_experts)
-  names = [name for name, released in model_config.VARIANTS.items() if size(released) == size(cfg)]
-  return any(chat_format.EMPTY_THOUGHT_CHANNEL.get(name, False) for name in names)
+  return chat_format.EMPTY_THOUGHT_CHANNEL.get(model_config.released(cfg), False)

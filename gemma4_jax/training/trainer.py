@@ -2,16 +2,12 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import importlib.metadata
 import itertools
 import json
 import logging as stdlib_logging
 import math
 from pathlib import Path
-import platform
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,12 +22,12 @@ import optax
 import rich.console
 import rich.progress as rich_progress
 
-from gemma4_jax import config as model_config, config_file, hardware, metrics, sharding, size
+from gemma4_jax import compilation, config as model_config, config_file, hardware, metrics, sharding, size
 from gemma4_jax.checkpoint import orbax
 from gemma4_jax.data import batching, corpus
 from gemma4_jax.evaluation import perplexity
 from gemma4_jax.model import transformer
-from gemma4_jax.training import losses, optimizer
+from gemma4_jax.training import losses, optimizer, provenance
 
 
 class NonFiniteLoss(RuntimeError):
@@ -62,24 +58,23 @@ def make_step(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, *
 
   The loss is the mean over the predicted tokens of the whole batch in nats; microbatches add sums, not means.
   """
-  def nll_sum(params, batch):
+  def share(params, batch):   # of the loss; the weights of a batch sum to 1
     return losses.nll_sum(last_stream(cfg, params, batch), head_table(cfg, params), batch['targets'].reshape(-1),
                           batch['weights'].reshape(-1), cfg.final_softcap, loss_chunk)
 
   def add_microbatch(params, carry, batch):
-    return jax.tree.map(jnp.add, carry, jax.value_and_grad(nll_sum)(params, batch)), None
+    return jax.tree.map(jnp.add, carry, jax.value_and_grad(share)(params, batch)), None
 
   def step(state: State, batch: dict) -> tuple[State, dict]:
-    tokens = jnp.maximum(batch['weights'].sum(), 1)
+    batch = batch | {'weights': batch['weights'] / jnp.maximum(batch['weights'].sum(), 1)}
     if accumulate == 1:
-      nll, grads = jax.value_and_grad(nll_sum)(state.params, batch)
+      loss, grads = jax.value_and_grad(share)(state.params, batch)
     else:   # row i goes to microbatch i % accumulate, so that a batch split over devices stays where it is
       parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
       zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
-      (nll, grads), _ = jax.lax.scan(lambda carry, part: add_microbatch(state.params, carry, part), zero, parts)
-    grads = jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads)
+      (loss, grads), _ = jax.lax.scan(lambda carry, part: add_microbatch(state.params, carry, part), zero, parts)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    row = {'loss': nll / tokens, 'grad_norm': optax.tree.norm(grads)}
+    row = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
     return State(state.step + 1, optax.apply_updates(state.params, updates), opt_state), row
 
   return step
@@ -131,9 +126,9 @@ class _Run:
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   """Trains to `config.train.steps` and returns what DONE holds. A second call on a folder goes on from its last checkpoint.
 
-  Leaves in `workdir`: config.json, env.json, metrics.jsonl (one row a step), checkpoints/, and at the end DONE: a JSON object
-  of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit, but for the
-  clock's (tokens_per_s, mfu).
+  Leaves in `workdir`: config.json, tokenizer.json, env.json, metrics.jsonl (one row a step), checkpoints/, and at the end DONE:
+  a JSON object of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit, but
+  for the clock's (tokens_per_s, mfu).
 
   Raises:
     ValueError: a config that cannot run, or a folder of another config; nothing in the folder is changed.
@@ -155,6 +150,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     try:
       workdir.mkdir(parents=True, exist_ok=True)
       metrics.write_json(workdir / 'config.json', json.loads(config.to_json()))
+      metrics.write_text(workdir / 'tokenizer.json', data.tokenizer.serialized)
     except OSError as error:
       raise ValueError(f'workdir: {workdir} cannot be written ({error.strerror}); choose another') from None
   with jax.set_mesh(mesh):
@@ -217,7 +213,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
     batches.set_state(place['iterator'].encode())
     logging.info('%s: goes on from step %d', r.workdir, start)
   if lead:
-    metrics.write_json(r.workdir / 'env.json', environment(r.data, r.mesh))
+    metrics.write_json(r.workdir / 'env.json', provenance.environment(r.data, r.mesh))
   writer = metrics.Writer(r.workdir, start, config) if lead else None
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,
@@ -235,7 +231,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
       arrays = _arrays(batch, r.mesh)
       if compile_seconds is None:
         clock = time.perf_counter()
-        step_fn = step_fn.lower(state, arrays).compile()
+        step_fn = step_fn.lower(state, arrays).compile(compilation.train_options())
         compile_seconds = time.perf_counter() - clock
       since = since or time.perf_counter()
       state, row = step_fn(state, arrays)
@@ -252,7 +248,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
       row = {'step': step, **row, 'learning_rate': float(rate(step - 1)), 'tokens_per_s': speed,
              'mfu': speed * flops_per_token / peak}
       if step == 1:
-        row['fingerprint'] = fingerprint(cfg, state.params, arrays, r.mesh)
+        row['fingerprint'] = provenance.fingerprint(cfg, state.params, arrays, r.mesh)
       if evaluated:
         row |= evaluate(state.params)
       if lead:
@@ -277,31 +273,6 @@ def _summary(r: _Run, compile_seconds: float | None, wall_seconds: float) -> dic
           'tokens_per_s': float(np.median([row['tokens_per_s'] for row in rows])),
           'peak_memory_bytes': hardware.peak_memory_bytes(),
           'compile_seconds': compile_seconds, 'wall_seconds': wall_seconds}}
-
-
-def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict, mesh: jax.sharding.Mesh) -> str:
-  """A hash of the logits of the first sequence. Two arms of a comparison that share it after a step are one model."""
-  def first_logits(params, batch):
-    one = {name: value[:1] for name, value in batch.items()}
-    return transformer.Transformer(cfg).apply({'params': params}, one['tokens'], one['positions'], one['segments'])[0]
-  logits = jax.jit(first_logits, out_shardings=sharding.replicated(mesh))(params, batch)
-  return hashlib.sha256(np.asarray(logits).tobytes()).hexdigest()[:16]
-
-
-def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh) -> dict:
-  """What env.json holds: code, versions, hardware, data."""
-  def git(*args):
-    done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-  return {
-      'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
-      'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in (
-          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')},
-      'device': jax.devices()[0].device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
-      'cpus': hardware.cores(), 'environment': hardware.environment(),
-      'mesh': {axis: int(n) for axis, n in mesh.shape.items()}, 'peak_flops': hardware.peak_flops(),
-      'started': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-      'corpus_hash': data.corpus_hash, 'tokenizer_hash': data.tokenizer_hash}
 
 
 def _arrays(batch: dict, mesh: jax.sharding.Mesh) -> dict:
@@ -342,7 +313,7 @@ def _finite(step: int, row: dict, ids: np.ndarray, checkpoints: orbax.Checkpoint
 @contextlib.contextmanager
 def _checkpoints(workdir: Path, keep: int):
   """The run's checkpoints; what is being saved is on disk when the context ends, however it ends."""
-  checkpoints = orbax.Checkpoints(workdir / 'checkpoints', keep=keep)
+  checkpoints = orbax.Checkpoints(workdir / orbax.RUN, keep=keep)
   try:
     yield checkpoints
   finally:

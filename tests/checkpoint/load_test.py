@@ -195,7 +195,7 @@ def test_the_newest_checkpoint_of_a_run_is_read(tmp_path, scan):
   (tmp_path / 'config.json').write_text(run.to_json())
   for where in ('', 'checkpoints', 'checkpoints/20'):
     back, params = load.load(tmp_path / where)
-    assert back == cfg.replace(scan=False)
+    assert back == cfg.replace(scan=False) and load.find(tmp_path / where).home == tmp_path
     assert_equal(params, jax.tree.map(lambda x: 2 * x, canonical))
 
 

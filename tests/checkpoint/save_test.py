@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +137,25 @@ def test_a_disk_that_is_full_midway_leaves_nothing(tmp_path, write):
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
   assert '\n' not in str(error.value) and not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_is_writing_is_not(tmp_path):
+  code = ('import os, sys; from gemma4_jax.checkpoint import save\n'
+          'with save.beside(sys.argv[1]) as folder:\n'
+          '  folder.mkdir(); print(folder.parent.name, flush=True); sys.stdin.read()')
+  def start(name):
+    writer = subprocess.Popen([sys.executable, '-c', code, tmp_path / name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return writer, writer.stdout.readline().strip()
+  (killed, left), (live, writing), (other, others) = start('out'), start('out'), start('out2')
+  for writer in (killed, other):
+    writer.kill()
+    writer.wait()
+  assert {entry.name for entry in tmp_path.iterdir()} == {left, writing, others}
+  with pytest.raises(KeyboardInterrupt), save.beside(tmp_path / 'out'):
+    raise KeyboardInterrupt
+  assert {entry.name for entry in tmp_path.iterdir()} == {writing, others}
+  live.communicate('')
+  assert live.returncode == 0 and {entry.name for entry in tmp_path.iterdir()} == {'out', others}
 
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=['full', 'stopped'])

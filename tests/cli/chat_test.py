@@ -140,13 +140,30 @@ def test_the_program_ends_with_ctrl_d_or_quit_alone(lines, told, monkeypatch, ca
   assert not lines and told in capsys.readouterr().err
 
 
+def test_flags_reach_the_model_and_every_answer(tmp_path, monkeypatch, capsys):
+  asked, lines = [], ['Hi', '/quit']
+  monkeypatch.setattr('builtins.input', lambda prompt: lines.pop(0))
+  monkeypatch.setattr(text, 'Conversation', lambda model, context, **how: asked.append((model, how)) or Recorded(asked))
+  class Recorded(Scripted):
+    def __init__(self, asked):
+      super().__init__(ANSWER)
+      self.asked = asked
+  chat.main([f'--checkpoint={tiny.write(tmp_path / "a")}', '--stop=x', '--stop=y', '--suppress_tokens=5', '--kv=separate',
+             '--ple_placement=folded', '--ple_table=int8'])
+  (model, how), (_, settings) = asked
+  assert (model.cfg.ple_placement, model.cfg.ple_table) == ('folded', 'int8') and how == {'kv': 'separate'}
+  assert settings['stop_strings'] == ['x', 'y'] and settings['sampling'].suppress_tokens == (5,)
+  assert 'PLE table folded int8' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('flags, message', [
     ([], '--checkpoint=DIR, or --variant=NAME'),
     (['--checkpoint=/nowhere'], '/nowhere: no such directory'),
     (['--checkpoint=/nowhere', '--max_new_tokens=0'], '--max_new_tokens=0'),
     (['--checkpoint=/nowhere', '--prompt=x'], 'unrecognized arguments'),
     (['--checkpoint=HERE', '--context=999'], 'context_length = 256'),
-    (['--checkpoint=HERE', '--context=32', '--kv=turbo'], "kv: 'turbo'"),
+    (['--checkpoint=/nowhere', '--kv=turbo'], "kv: 'turbo' is none of exact, separate"),
+    (['--checkpoint=/nowhere', '--ple_placement=disk'], "invalid choice: 'disk' (choose from"),
 ])
 def test_what_is_wrong_is_one_line(flags, message, tmp_path, capsys):
   if 'HERE' in ''.join(flags):

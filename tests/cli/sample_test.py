@@ -1,5 +1,6 @@
 """The command that samples: what it prints where, and that what is wrong is one line."""
 
+import dataclasses
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import jax
 import pytest
 
 from gemma4_jax.cli import sample
+from gemma4_jax.model import ple_placement
 from tests import tiny
 
 PROMPT = 'def width(self'
@@ -44,14 +46,49 @@ def test_text_goes_to_standard_output_and_the_numbers_to_one_line_of_standard_er
   out = run(capsys, checkpoint)
   assert out.out == expected().text + '\n'
   ids = tiny.model().encode(PROMPT)
-  last, = out.err.splitlines()
+  first, last = out.err.splitlines()
+  assert first == f'{checkpoint}: 10 layers of width 32, float32, {nbytes():,} bytes of float32 weights on the cpu, PLE table device as_is'
   assert LAST.match(last).groups() == (str(len(ids)), '12', 'exact')
+
+
+def nbytes():
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.model().params))
+
+
+def test_the_table_goes_where_the_flags_say_and_the_first_line_tells(checkpoint, capsys):
+  out = run(capsys, checkpoint, '--ple_placement=host', '--ple_table=int8')
+  table = tiny.model().params['arm']['lookup']['table']
+  host = table.size + 4 * table.size // table.shape[-1]
+  assert out.err.splitlines()[0].endswith(
+      f'{nbytes() - table.nbytes:,} bytes of float32 weights on the cpu, PLE table host int8, {host:,} bytes in host memory')
+  cfg, params = ple_placement.place(tiny.model().cfg, tiny.model().params, placement='host', storage='int8')
+  model = dataclasses.replace(tiny.model(), cfg=cfg, params=params)
+  assert out.out == model.generate(PROMPT, max_new_tokens=12, seed=3, sampling=sample.sampling(sample_args(), model)).text + '\n'
+
+
+def test_stop_strings_suppressed_tokens_and_the_best_of_several(checkpoint, capsys):
+  whole = expected()
+  stops = [whole.text[4:7], whole.text[2:5]]
+  cut = whole.text[:min(whole.text.index(stop) for stop in stops)]
+  assert run(capsys, checkpoint, *(f'--stop={stop}' for stop in stops)).out == cut + '\n'
+  first = int(whole.tokens[0])
+  without = json.loads(run(capsys, checkpoint, '--json', f'--suppress_tokens={first},5').out)['completions'][0]['tokens']
+  assert first not in without and len(without) == 12
+  best = json.loads(run(capsys, checkpoint, '--json', '--samples=2', '--best_of=4').out)['completions']
+  assert [row['text'] for row in best] == [row.text for row in expected(samples=2, best_of=4)]
+
+
+def test_a_stop_string_ends_an_answer(checkpoint, capsys):
+  whole = json.loads(run(capsys, checkpoint, '--chat', '--json').out)['completions'][0]['message']['content']
+  stop = whole[len(whole) // 2:][:2]
+  for flag in ('--stream', '--best_of=1'):
+    assert run(capsys, checkpoint, '--chat', f'--stop={stop}', flag).out == whole[:whole.index(stop)] + '\n'
 
 
 def test_a_stream_and_standard_input_give_the_same_text(checkpoint, capsys, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.StringIO(PROMPT + '\n'))
   out = run(capsys, checkpoint, '--stream', '--prompt=-', '--kv=separate')
-  assert out.out == expected().text + '\n' and LAST.match(out.err.strip())[3] == 'separate'
+  assert out.out == expected().text + '\n' and LAST.match(out.err.splitlines()[-1])[3] == 'separate'
 
 
 def test_json_has_all_samples_with_tokens_and_logprobs(checkpoint, capsys):
@@ -77,7 +114,7 @@ def test_random_weights_need_no_checkpoint(capsys, monkeypatch):
   monkeypatch.setattr(text, 'random', lambda cfg, **how: shapes.append((cfg, how)) or tiny.model())
   sample.main(['--variant=e4b', '--random_weights', '--shrink', '--dtype=bfloat16', f'--prompt={PROMPT}', '--max_new_tokens=12'])
   (cfg, how), = shapes
-  assert cfg.pattern == 'LLLLLG' and cfg.width < 100 and how == {'param_dtype': 'bfloat16'}
+  assert cfg.pattern == 'LLLLLG' and cfg.width < 100 and how['param_dtype'] == 'bfloat16'
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -96,11 +133,18 @@ def test_random_weights_need_no_checkpoint(capsys, monkeypatch):
     (['--prompt=x', '--checkpoint=/nowhere', '--stream', '--json'], 'not allowed with'),
     (['--prompt=x', '--checkpoint=/nowhere', '--thinking'], 'need --chat'),
     (['--prompt=x', '--checkpoint=/nowhere', '--dtype=int8'], "invalid choice: 'int8'"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--ple_placement=disk'], "invalid choice: 'disk' (choose from"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--ple_table=int2'], "invalid choice: 'int2' (choose from"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--kv=turbo'], "kv: 'turbo' is none of exact, separate"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--stop='], 'stop_strings'),
+    (['--prompt=x', '--checkpoint=/nowhere', '--suppress_tokens=a,b'], "'a,b' is no list of token ids"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--samples=3', '--best_of=2'], '--best_of=2: at least --samples=3'),
+    (['--prompt=x', '--checkpoint=/nowhere', '--best_of=2', '--stream'], 'not with --stream'),
     (['--prompt=x', '--checkpoint=/nowhere', '--temprature=1'], 'unrecognized arguments: --temprature=1'),
     (['--prompt=', '--checkpoint=HERE'], 'prompt: empty'),
     (['--prompt=' + 'a b ' * 300, '--checkpoint=HERE'], 'context_length = 256'),
     (['--prompt=x', '--checkpoint=HERE', '--top_k=2000'], 'top_k: 2000'),
-    (['--prompt=x', '--checkpoint=HERE', '--kv=turbo', '--max_new_tokens=4'], "kv: 'turbo'"),
+    (['--prompt=x', '--checkpoint=HERE', '--suppress_tokens=2000'], 'suppress_tokens: (2000,)'),
     (['--prompt=x', '--checkpoint=HERE', '--tokenizer=/nowhere.json'], 'cannot use /nowhere.json'),
 ], ids=lambda value: str(value)[-60:])
 def test_what_is_wrong_is_one_line(checkpoint, flags, message):
@@ -124,7 +168,7 @@ def test_as_a_command_it_keeps_compiled_programs_where_it_is_told(checkpoint, tm
              '--seed=3']
   done = subprocess.run(command, capture_output=True, text=True,
                         env={**environment, 'GEMMA4_JAX_CACHE': str(tmp_path), 'JAX_PLATFORMS': 'cpu'})
-  assert done.returncode == 0 and done.stdout == expected().text + '\n' and LAST.match(done.stderr.strip())
+  assert done.returncode == 0 and done.stdout == expected().text + '\n' and LAST.match(done.stderr.splitlines()[-1])
   assert any((tmp_path / 'xla').iterdir())
   refused = subprocess.run([*command, '--top_p=3'], capture_output=True, text=True,
                            env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir})

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -277,3 +278,12 @@ def test_a_users_error_is_one_line(tmp_path):
   found = subprocess.run([sys.executable, '-m', 'experiments.report', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
   assert found.returncode == 2 and found.stderr.count('\n') == 1
   assert found.stderr.startswith('error: ') and 'no manifest.jsonl' in found.stderr
+
+
+def test_plots_need_no_display_and_no_backend_of_windows(tmp_path):
+  make(tmp_path)
+  code = ('import pathlib, sys\nfrom experiments import report\nreport.report(pathlib.Path(sys.argv[1]))\n'
+          'sys.exit("matplotlib.pyplot" in sys.modules)')   # which chooses a backend
+  environment = {name: value for name, value in os.environ.items() if name not in ('DISPLAY', 'WAYLAND_DISPLAY', 'MPLBACKEND')}
+  found = subprocess.run([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env=environment)
+  assert found.returncode == 0 and len(list(tmp_path.glob('*.png'))) == 4, found.stderr

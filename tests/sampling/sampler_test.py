@@ -44,7 +44,7 @@ def test_rows_have_settings_of_their_own():
 
 
 def draws(s, n=20_000, logits=LOGITS[0], seen=UNSEEN[0]):
-  settings = jax.tree.map(lambda x: jnp.repeat(x, n), sampler.Settings.make([s], V))
+  settings = jax.tree.map(lambda x: jnp.repeat(x, n, axis=0), sampler.Settings.make([s], V))
   keys = jax.random.split(jax.random.key(0), n)
   return np.asarray(jax.jit(sampler.choose)(jnp.tile(logits, (n, 1)), settings, jnp.tile(seen, (n, 1)), keys)[0])
 
@@ -76,3 +76,23 @@ def test_seen_tokens_are_penalised_on_both_sides_of_zero():
   assert (choose(1.0, logits), choose(1.2, logits), choose(1.5, logits)) == (3, 3, 4)
   logits = np.where(logits > 0, logits - 3, logits)   # -1 and -1.5: multiplied, the seen one falls behind
   assert (choose(1.0, logits), choose(2.0, logits)) == (3, 4)
+
+
+def test_suppressed_tokens_are_never_chosen_greedily_or_drawn_and_the_others_keep_their_odds():
+  best = np.argsort(-LOGITS[0])[:9].tolist()   # more than the least room for them
+  settings = sampler.Settings.make([Sampling(0.0, 0, suppress_tokens=(best[0],)), GREEDY], V)
+  tokens, logprobs = sampler.choose(jnp.tile(LOGITS[0], (2, 1)), settings, UNSEEN[:2], jax.random.split(jax.random.key(0), 2))
+  assert tokens.tolist() == [best[1], best[0]]
+  np.testing.assert_allclose(logprobs, jax.nn.log_softmax(LOGITS[0])[np.asarray(tokens)], atol=1e-5)
+  p = np.exp(LOGITS[0] - LOGITS[0].max())
+  p[best] = 0
+  found = np.bincount(draws(Sampling(1.0, **ALL, suppress_tokens=tuple(best))), minlength=V) / 20_000
+  assert not found[best].any()
+  np.testing.assert_allclose(found, p / p.sum(), atol=4 * np.sqrt((p / p.sum()).max() / 20_000))
+  assert set(draws(Sampling(1.0, top_k=2, top_p=1.0, suppress_tokens=tuple(best[1:3])), 2000).tolist()) == {best[0], best[3]}
+
+
+@pytest.mark.parametrize('wrong', [(V,), (-1,), (1.0,), tuple(range(V))], ids=str)
+def test_what_cannot_be_suppressed_is_named(wrong):
+  with pytest.raises(ValueError, match='suppress_tokens: '):
+    sampler.Settings.make([Sampling(0.0, 0, suppress_tokens=wrong)], V)

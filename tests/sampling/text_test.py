@@ -8,8 +8,10 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
+from gemma4_jax.checkpoint import save
 from gemma4_jax.data import chat
 from gemma4_jax.data.tokenizer import Tokenizer
+from gemma4_jax.model import transformer
 from gemma4_jax.sampling import generate, pieces, text
 from gemma4_jax.sampling.sampler import GREEDY, Sampling
 from tests import tiny
@@ -55,9 +57,9 @@ def test_pieces_of_a_stream_are_the_text():
 @pytest.mark.parametrize('last', [[], [1]], ids=['limit', 'stop id'])
 def test_an_unfinished_character_at_the_end_is_there_as_in_the_whole(last):
   tokens = [*MODEL.tokenizer.encode('a\u4e2d')[:-1].tolist(), *last]
-  row = text._Row(MODEL, ())
-  pieces_of_it = row.push(tokens, [0.0] * len(tokens)) + row.end()
-  assert pieces_of_it == row.text == MODEL.tokenizer.decode(tokens) == 'a\ufffd' and row.stopped == bool(last)
+  row = text._Row(MODEL, (), chat=False)
+  found = row.push(tokens, [0.0] * len(tokens)) + row.end()
+  assert ''.join(piece for _, piece in found) == row.text == MODEL.tokenizer.decode(tokens) == 'a\ufffd' and row.stopped == bool(last)
 
 
 @pytest.mark.parametrize('where', [slice(4, 9), slice(0, 1), slice(-3, None)], ids=['middle', 'first', 'last'])
@@ -149,6 +151,32 @@ def test_thoughts_and_answer_are_streamed_as_they_are_parsed():
   assert both_kinds > 100
 
 
+def test_a_stop_string_ends_an_answer_before_it_and_is_not_looked_for_in_thoughts():
+  tok = MODEL.tokenizer
+  control = lambda name: tok.special_ids[name]
+  thought = [control('<|channel>'), *tok.encode('thought\nSTOP it'), control('<channel|>')]
+  tokens = [*thought, *tok.encode('So be it. STOP, I said'), control('<turn|>')]
+  whole = text._Row(MODEL, ['STOP'], chat=True)
+  found = whole.push(tokens, [0.0] * len(tokens))
+  assert whole.message == {'role': 'assistant', 'content': 'So be it. ', 'reasoning': 'STOP it'} and whole.stopped
+  assert whole.text == 'So be it. ' == ''.join(piece for kind, piece in found if kind == 'content')
+  assert len(whole.tokens) == len(whole.logprobs) < len(tokens)
+  piecewise = text._Row(MODEL, 'STOP', chat=True)
+  assert [piece for token in tokens for piece in piecewise.push([token], [0.0])] == found
+
+
+def test_a_chat_ends_with_a_stop_string_in_every_way_it_can_be_had():
+  asked = dict(max_new_tokens=12, sampling=HOT, seed=1)
+  whole = MODEL.chat(ASKED, **asked)['content']
+  stop = whole[len(whole) // 2:][:2]
+  expected, asked = whole[:whole.index(stop)], asked | {'stop_strings': [stop]}
+  reply, talked = MODEL.chat_stream(ASKED, **asked), text.Conversation(MODEL, 64).reply(ASKED, **asked)
+  for content in (MODEL.chat(ASKED, **asked)['content'], ''.join(piece for _, piece in reply), reply.message['content'],
+                  talked.finish()['content']):
+    assert content == expected
+  assert talked.run.rows[0].stopped and len(talked.run.rows[0].tokens) < 12
+
+
 def test_a_conversation_runs_only_what_is_new_and_answers_as_if_it_had_run_all():
   model = endless()
   talk = text.Conversation(model, 64)
@@ -216,6 +244,27 @@ def test_without_files_of_settings_the_tokenizers_own_stops_count(tmp_path):
   assert MODEL.tokenizer.vocab_size > corpus.vocab_size and isinstance(model.generate('a', max_new_tokens=12, sampling=HOT).text, str)
 
 
+def test_tokens_that_the_settings_suppress_are_never_chosen(tmp_path):
+  first = int(twelve(PROMPTS[0], sampling=GREEDY).tokens[0])
+  folder = tiny.write(tmp_path / 'a', **{'generation_config.json': f'{{"do_sample": false, "suppress_tokens": [{first}]}}'})
+  model = text.load(folder)
+  assert model.sampling.suppress_tokens == (first,)
+  assert first not in model.generate(PROMPTS[0], max_new_tokens=12).tokens
+
+
+@pytest.mark.parametrize('placement, storage', [('host', 'as_is'), ('host', 'int8'), ('folded_host', 'as_is'), ('device', 'int4')])
+def test_a_placed_table_is_that_of_place_and_never_on_the_device_if_it_is_for_the_host(tmp_path, monkeypatch, placement, storage):
+  folder = tiny.write(tmp_path / 'a')
+  loaded, place = {}, text.placing.place
+  monkeypatch.setattr(text.placing, 'place', lambda cfg, params, **how: loaded.update(params) or place(cfg, params, **how))
+  model = text.load(folder, ple_placement=placement, ple_table=storage)
+  assert isinstance(loaded['arm']['lookup']['table'], np.memmap)
+  assert (model.cfg.ple_placement, model.cfg.ple_table) == (placement, storage)
+  placed = text.placing.place(MODEL.cfg, MODEL.params, placement=placement, storage=storage)
+  asked = dict(max_new_tokens=4, sampling=GREEDY)
+  assert model.generate('def', **asked).text == dataclasses.replace(MODEL, cfg=placed[0], params=placed[1]).generate('def', **asked).text
+
+
 def test_do_sample_false_is_greedy(tmp_path):
   folder = tiny.write(tmp_path / 'a', **{'generation_config.json': '{"do_sample": false, "eos_token_id": 1}'})
   model = text.load(folder)
@@ -231,13 +280,32 @@ def test_do_sample_false_is_greedy(tmp_path):
     ({'generation_config.json': '{"eos_token_id": "x"}'}, "eos_token_id = 'x' is no token"),
     ({'generation_config.json': '{"temperature": "hot"}'}, "generation_config.json: temperature = 'hot' is no number"),
     ({'generation_config.json': '{"top_p": 7}'}, 'generation_config.json: top_p: 7'),
-], ids=['vocabulary', 'tokenizer', 'json', 'stop', 'stop kind', 'kind', 'range'])
+    ({'generation_config.json': '{"suppress_tokens": 7}'}, 'suppress_tokens = 7 is no list'),
+    ({'generation_config.json': '{"suppress_tokens": [4000]}'}, 'generation_config.json: suppress_tokens: (4000,) holds what is no id'),
+], ids=['vocabulary', 'tokenizer', 'json', 'stop', 'stop kind', 'kind', 'range', 'no list', 'suppressed'])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, files, message):
   folder = tiny.write(tmp_path / 'a', **files)
   monkeypatch.setattr(text.checkpoint, 'load', lambda *_, **__: pytest.fail('weights were read'))
   with pytest.raises(ValueError) as error:
     text.load(folder)
   assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('embedding', ['none', 'projection_only'])
+def test_a_checkpoint_without_a_table_has_none_to_place_and_no_weight_is_read(tmp_path, monkeypatch, embedding):
+  cfg = tiny.CFG.replace(embedding=embedding)
+  save.save_orbax(cfg, transformer.init(cfg, 0), tmp_path / 'a')
+  (tmp_path / 'a' / 'tokenizer.json').write_text(MODEL.tokenizer.serialized)
+  monkeypatch.setattr(text.checkpoint, 'load', lambda *_, **__: pytest.fail('weights were read'))
+  with pytest.raises(ValueError, match=f"model.ple_table: 'int8' needs a PLE table, which model.embedding='{embedding}' has not"):
+    text.load(tmp_path / 'a', ple_table='int8')
+
+
+def test_a_frozen_table_is_placed_too(tmp_path):
+  cfg = tiny.CFG.replace(embedding='frozen_table')
+  save.save_orbax(cfg, transformer.init(cfg, 0), tmp_path / 'a')
+  (tmp_path / 'a' / 'tokenizer.json').write_text(MODEL.tokenizer.serialized)
+  assert 'host' in text.load(tmp_path / 'a', ple_placement='host').params['arm']['frozen_lookup']
 
 
 def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
@@ -280,6 +348,8 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(monkeypatch, chan
     (lambda: MODEL.stream('', max_new_tokens=4), 'prompt: empty'),   # at once, not with the first piece
     (lambda: MODEL.stream('a', sampling=Sampling(min_p=2.0)), 'min_p'),
     (lambda: MODEL.chat([]), 'messages'),
+    (lambda: MODEL.chat(ASKED, stop_strings=['']), 'stop_strings'),
+    (lambda: text.random(tiny.CFG.replace(embedding='none'), ple_placement='host'), "ple_placement: 'host' needs a PLE table"),
     (lambda: MODEL.chat_stream(ASKED, max_new_tokens=400), 'context_length = 256'),
     (lambda: MODEL.score('a', []), 'no prompts'),
     (lambda: MODEL.score('a', 'b'), 'give a list'),
@@ -287,7 +357,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(monkeypatch, chan
     (lambda: text.Conversation(MODEL, 1000), 'context_length = 256'),
     (lambda: text.random('e3b'), "did you mean 'e"),
     (lambda: text.random(tiny.CFG.replace(vocab_size=128)), 'too small for a stand-in'),
-], ids=range(10))
+], ids=range(12))
 def test_other_calls_refuse_likewise(call, message):
   with pytest.raises(ValueError, match=message):
     call()

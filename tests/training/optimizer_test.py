@@ -1,8 +1,11 @@
 """What the optimizer moves, how fast, and what it leaves alone."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import base
@@ -44,7 +47,7 @@ def test_only_matrices_decay(scan):
   decayed = {optimizer.label(path) for path, u in jax.tree_util.tree_leaves_with_path(updates) if np.any(np.asarray(u))}
   assert decayed == {'matrix'}
   place = 'group_0' if scan else 'layer_0'
-  mlp, moved = (tree[place]['block_0'] if scan else tree[place] for tree in (params, updates))
+  mlp, moved = (tree[place]['run_0'] if scan else tree[place] for tree in (params, updates))
   np.testing.assert_allclose(moved['mlp']['up']['w'], -1e-2 * 0.5 * mlp['mlp']['up']['w'], rtol=1e-5)
 
 
@@ -83,3 +86,12 @@ def test_schedules_rise_hold_and_fall_where_they_say():
 def test_a_wrong_field_is_named(fields, name):
   with pytest.raises(ValueError, match=name):
     optimizer.make(_config(**fields), steps=10)
+
+
+def test_gradients_over_the_norm_are_clipped_to_it_and_others_left_as_they_are():
+  grads = {'a': {'w': np.full((3, 4), 2.0, np.float32)}, 'b': {'scale': np.full((9,), 4.0, np.float32)}}
+  clipped, _ = optimizer._clip(1.0).update(grads, optimizer._clip(1.0).init(grads), grads)
+  expected, _ = optax.clip_by_global_norm(1.0).update(grads, None)
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), clipped, expected)
+  left, _ = optimizer._clip(1e3).update(grads, optimizer._clip(1e3).init(grads), grads)
+  jax.tree.map(np.testing.assert_array_equal, left, grads)

@@ -17,6 +17,7 @@ import pytest
 
 from configs import base
 from gemma4_jax import metrics
+from gemma4_jax.sampling import text
 from gemma4_jax.training import optimizer, trainer
 from tests import quick
 
@@ -67,6 +68,14 @@ def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   assert {'params/total', 'flops_per_token', 'resident_bytes', 'tokens_per_s', 'peak_memory_bytes'} <= set(done['costs'])
   environment = json.loads((tmp_path / 'run' / 'env.json').read_text())
   assert len(environment['corpus_hash']) == 64 and environment['versions']['jax'] == jax.__version__
+
+
+def test_a_runs_folder_is_sampled_from_without_naming_its_tokenizer(corpus, tmp_path):
+  trainer.run(tiny(corpus, **{'train.steps': 3}), tmp_path / 'run')
+  environment = json.loads((tmp_path / 'run' / 'env.json').read_text())
+  model = text.load(tmp_path / 'run')
+  assert model.tokenizer.hash == environment['tokenizer_hash'] and model.stop_ids == (model.tokenizer.eos_id,)
+  assert len(model.generate('per layer', max_new_tokens=4, seed=1).tokens) <= 4
 
 
 def test_microbatches_and_scan_and_remat_give_the_step_of_the_whole_batch(corpus):
