@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
 import fcntl
+import importlib
 import multiprocessing
 import os
 import pathlib
@@ -66,25 +67,33 @@ def settle(points: Sequence[manifest.Point], workdir: pathlib.Path, check: Calla
 
 
 def check_runs(points: Sequence[manifest.Point]) -> None:
-  """Raises manifest.Error if the trainer would refuse a point. In a process of its own: the trainer imports jax."""
+  """Raises manifest.Error if its runner would refuse a point. In a process of its own: runners import jax."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as process:
     refused = process.submit(_refused, list(points)).result()
   if refused:
     raise manifest.Error(refused)
 
 
+def runner(point: manifest.Point):
+  """The module that checks and runs a point: the trainer, or what the config names in a field `runner`.
+
+  It has check(config), which raises ValueError, and run(config, folder), which leaves DONE there. One that is named has
+  report(workdir, console=) -> bool, too, in the place of `report.report`.
+  """
+  return importlib.import_module(point.config.get('runner', 'gemma4_jax.training.trainer'))
+
+
 def _refused(points: Sequence[manifest.Point]) -> str:
-  from gemma4_jax.training import trainer
   for point in {p.label: p for p in points}.values():
     try:
-      trainer.check(ml_collections.ConfigDict(point.config))
-    except ValueError as e:
+      runner(point).check(ml_collections.ConfigDict(point.config))
+    except (ValueError, ImportError) as e:
       return f'point {point.index} ({point.label}): {config_file.one_line(e)}'
   return ''
 
 
 def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None = None) -> int:
-  """Runs one point in this process and returns its exit status; `run` stands in for `trainer.run` in tests."""
+  """Runs one point in this process and returns its exit status; `run` stands in for that of its runner in tests."""
   folder = workdir / point.folder
   folder.mkdir(parents=True, exist_ok=True)
   with _lock(folder) as held:
@@ -101,7 +110,7 @@ def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None
     try:
       if run is None:
         from gemma4_jax.training import trainer  # imports jax, which reads the environment
-        run = trainer.run
+        run = runner(point).run
         logging.set_verbosity(logging.INFO)
         trainer.quiet_orbax()
       run(ml_collections.ConfigDict(point.config), folder)
@@ -305,9 +314,12 @@ def _launch(argv: Sequence[str]) -> int:
   _show_plan(chosen, workdir, console)
   if args.plan:
     return 0
-  _prepare_data([p for p in chosen if manifest.done(p, workdir) is None], console)
+  own_runner = 'runner' in points[0].config
+  if not own_runner:
+    _prepare_data([p for p in chosen if manifest.done(p, workdir) is None], console)
   command = lambda point: [sys.executable, '-m', 'experiments.launch', f'--workdir={workdir}', f'--index={point.index}']
-  failures = run_sweep(chosen, workdir, jobs=args.jobs or _auto_jobs(), command=command, console=console)
+  jobs = min(args.jobs or _auto_jobs(), len(chosen))
+  failures = run_sweep(chosen, workdir, jobs=jobs, command=command, console=console)
   console.print(f'{len(chosen) - len(failures)} of {len(chosen)} points done')
   for name, reason in failures.items():
     console.print(f'FAILED {name}: {reason}', style='bold red', markup=False, highlight=False, soft_wrap=True)
@@ -316,7 +328,8 @@ def _launch(argv: Sequence[str]) -> int:
   valid = True
   if args.report:
     from experiments import report
-    valid = report.report(workdir, console=console)
+    reporter = runner(points[0]) if own_runner else report
+    valid = reporter.report(workdir, console=console)
   return 1 if failures or not valid else 0
 
 

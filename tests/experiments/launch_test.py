@@ -6,8 +6,10 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import types
 
 import pytest
 import rich.console
@@ -218,6 +220,21 @@ def test_a_folder_that_cannot_be_written_is_refused(sweep, tmp_path):
     launch.settle(sweep.points, tmp_path / 'file', check=None)
 
 
+def test_a_workdir_that_another_user_may_only_read_is_one_line():
+  """Root may write anywhere, so that it becomes nobody, once all is imported that nobody may not read."""
+  code = ('import os, sys\nfrom absl import app\nfrom configs import base\nfrom experiments import launch\n'
+          'from gemma4_jax import config_file\nlaunch.plan("configs/ple.py", base.get_config("e2b-toy"))\n'
+          'if os.geteuid() == 0:\n  os.setgroups([])\n  os.setgid(65534)\n  os.setuid(65534)\n'
+          'launch._define_flags()\napp.run(launch.main, flags_parser=config_file.parse)')
+  with tempfile.TemporaryDirectory() as workdir:
+    os.chmod(workdir, 0o555)
+    found = subprocess.run([sys.executable, '-c', code, '--config=configs/ple.py', f'--workdir={workdir}'], cwd=ROOT,
+                           capture_output=True, text=True)
+    assert not os.listdir(workdir)
+  assert found.returncode == 2
+  assert found.stderr == f'error: --workdir={workdir}: cannot be written (Permission denied); choose another folder\n'
+
+
 @pytest.mark.parametrize('args, said', [
     (['--config=configs/ple.py', '--config.model.windw=64'], '--config.model.windw: no such field; did you mean --config.model.window?'),
     (['--config=configs/ple.py', '--config.modle.window=64'], 'did you mean --config.model.window?'),
@@ -271,3 +288,24 @@ def test_the_live_view_shows_each_running_point(sweep, tmp_path):
     view.update([progress.Track(sweep.points[1], sweep.folders[1])], jobs=1)
   assert '1 of 4 done, 0 failed, 1 running, 2 waiting' in out.getvalue()
   assert all(text in out.getvalue() for text in ('ple s0', '40/300', '3.250', '12,346'))
+
+
+def test_a_config_that_names_a_runner_is_checked_and_run_by_it(tmp_path, monkeypatch):
+  ran = []
+  def check(config):
+    raise ValueError(f'no {config.arm}')
+  def run(config, folder):
+    ran.append(config.arm)
+    (folder / 'DONE').write_text('{}')
+  monkeypatch.setitem(sys.modules, 'a_runner', types.SimpleNamespace(check=check, run=run))
+  c = config()
+  c.runner = 'a_runner'
+  point, = manifest.expand(c, [{'arm': 'mine'}])
+  assert launch._refused([point]) == 'point 0 (mine): no mine'
+  assert launch.run_point(point, tmp_path) == 0 and ran == ['mine']
+
+
+def test_a_runner_that_is_not_there_is_refused():
+  c = config()
+  c.runner = 'experiments.prob'
+  assert launch._refused(manifest.expand(c, [{}])).startswith("point 0 (default): No module named 'experiments.prob'")

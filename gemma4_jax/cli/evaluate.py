@@ -1,0 +1,81 @@
+"""Measures a checkpoint on text, and says how.
+
+  python -m gemma4_jax.cli.evaluate --checkpoint=DIR --task=perplexity --data='books/*.txt'
+  python -m gemma4_jax.cli.evaluate --checkpoint=runs/one --task=perplexity --data=validation     (of the run's own corpus)
+  python -m gemma4_jax.cli.evaluate --checkpoint=DIR --task=perplexity --data=chats.jsonl --reply_only
+  python -m gemma4_jax.cli.evaluate --checkpoint=DIR --task=perplexity --data=stdlib --reference=OTHER
+
+A checkpoint that was taught to chat is not scored on raw text without --raw_text_anyway: its perplexity there says how far it went
+from raw text, not how good it is. Its replies in the chat frame (--reply_only) and its divergence from another checkpoint, such as
+its bfloat16 original (--reference), mean something. The table goes to standard output, all numbers with --out to a file.
+"""
+
+import argparse
+from pathlib import Path
+import sys
+
+from gemma4_jax.cli.sample import guard, make_parser
+
+TASKS = ('perplexity',)
+
+
+def main(argv: list[str] | None = None) -> None:
+  parser = make_parser('evaluate', __doc__)
+  parser.add_argument('--checkpoint', required=True, help="a directory: Hugging Face's, Google's Orbax tree, our export or a run's folder")
+  parser.add_argument('--task', required=True, choices=TASKS)
+  parser.add_argument('--data', required=True,
+                      help="a glob of text, .jsonl or .parquet files; 'stdlib': Python's modules; 'validation': what a run kept back")
+  parser.add_argument('--text_field', default='text', help='of .jsonl and .parquet rows (default: %(default)s)')
+  parser.add_argument('--max_documents', type=int, default=0, help='the first so many (of conversations: lines); 0 for all')
+  parser.add_argument('--window', type=int, default=0, help='tokens that run at once, BOS included; 0 for 1024, or the context if shorter')
+  parser.add_argument('--stride', type=int, default=0, help='tokens that a window after the first predicts; 0 for half a window')
+  parser.add_argument('--batch_tokens', type=int, default=8192, help='about so many tokens run as a batch (default: %(default)s)')
+  parser.add_argument('--reply_only', action='store_true', help='--data is .jsonl of conversations; score replies in the chat frame')
+  parser.add_argument('--raw_text_anyway', action='store_true', help='score raw text under a checkpoint that was taught to chat')
+  parser.add_argument('--reference', help='another checkpoint, with the same tokens: how far this one is from it')
+  parser.add_argument('--tokenizer', help="a tokenizer.json (default: the checkpoint's)")
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of weights and activations (default: as stored)')
+  parser.add_argument('--out', type=Path, help='a JSON file that gets protocol, metrics and every document')
+  args = parser.parse_args(argv)
+  guard(lambda: _evaluate(args))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+  if args.max_documents < 0:
+    raise ValueError(f'--max_documents={args.max_documents} is negative')
+  if args.out and not args.out.absolute().parent.is_dir():
+    raise ValueError(f'--out={args.out}: no such directory')
+  from gemma4_jax import compilation, metrics  # JAX loads with them: it need not for --help
+  from gemma4_jax.evaluation import perplexity_task
+  compilation.keep()
+  result = perplexity_task.run(
+      args.checkpoint, args.data, reply_only=args.reply_only, raw_text_anyway=args.raw_text_anyway, reference=args.reference,
+      text_field=args.text_field, max_documents=args.max_documents, window=args.window, stride=args.stride,
+      batch_tokens=args.batch_tokens, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
+  if args.out:
+    metrics.write_json(args.out, result)
+  _show(result)
+
+
+def _show(result: dict) -> None:
+  import rich.box
+  from rich.console import Console
+  from rich.table import Table
+  console = Console()
+  names = list(dict.fromkeys(name for row in result['metrics'].values() for name in row))
+  table = Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+  for i, name in enumerate(['', *names]):
+    table.add_column(name.replace('_', ' '), justify='right' if i else 'left', overflow='fold')
+  for what, row in result['metrics'].items():
+    table.add_row(what, *(_number(row.get(name)) for name in names))
+  console.print(table)
+  for name, value in result['protocol'].items():
+    console.print(f'{name}: {value}', markup=False, highlight=False, style='dim', soft_wrap=True)
+
+
+def _number(value) -> str:
+  return '' if value is None else f'{value:,}' if isinstance(value, int) else f'{value:.4g}' if abs(value) >= 1000 else f'{value:.4f}'
+
+
+if __name__ == '__main__':
+  main()

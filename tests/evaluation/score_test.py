@@ -1,0 +1,45 @@
+"""Scores of tokens against the logits of the whole model."""
+
+import jax
+import numpy as np
+import pytest
+
+from gemma4_jax.evaluation import score
+from gemma4_jax.model import transformer
+from tests import tiny
+
+CFG, PARAMS = tiny.CFG, transformer.init(tiny.CFG, 0)
+IDS = np.array(jax.random.randint(jax.random.key(0), (2, 256), 3, CFG.vocab_size), np.int32)    # two chunks of the head a row
+SEG = np.ones_like(IDS)
+SEG[1, 20:] = 0
+
+
+def log_p(params):
+  return np.asarray(jax.nn.log_softmax(score.logits(CFG, params, IDS, SEG)))
+
+
+def test_token_nll_is_that_of_the_next_token():
+  found = np.asarray(score.token_nll(CFG, PARAMS, IDS, SEG))
+  expected = -np.take_along_axis(log_p(PARAMS)[:, :-1], IDS[:, 1:, None], axis=-1)[..., 0]
+  np.testing.assert_allclose(found[:, :-1], expected, atol=1e-4)
+
+
+def test_divergence_is_kl_from_the_reference_with_agreement_and_both_losses():
+  other = transformer.init(CFG, 1)
+  kl, same, nll, reference_nll = np.asarray(score.token_divergence(CFG, PARAMS, CFG, other, IDS, SEG))
+  ours, theirs = log_p(PARAMS), log_p(other)
+  np.testing.assert_allclose(kl, (np.exp(theirs) * (theirs - ours)).sum(-1), atol=1e-4)
+  np.testing.assert_array_equal(same, ours.argmax(-1) == theirs.argmax(-1))
+  np.testing.assert_allclose(nll[:, :-1], -np.take_along_axis(ours[:, :-1], IDS[:, 1:, None], axis=-1)[..., 0], atol=1e-4)
+  np.testing.assert_allclose(reference_nll[:, :-1], -np.take_along_axis(theirs[:, :-1], IDS[:, 1:, None], axis=-1)[..., 0], atol=1e-4)
+
+
+def test_a_model_does_not_diverge_from_itself():
+  kl, same, _, _ = np.asarray(score.token_divergence(CFG, PARAMS, CFG, PARAMS, IDS, SEG))
+  assert np.abs(kl).max() < 1e-6 and same.all()
+
+
+def test_a_summary_tells_one_loss_three_ways():
+  found = score.summary(nats=20.0, tokens=10, size=40)
+  assert found == {'nats_per_token': 2.0, 'perplexity': pytest.approx(np.exp(2)), 'bits_per_byte': pytest.approx(0.5 / np.log(2))}
+  assert 'bits_per_byte' not in score.summary(1.0, 1, 0)
