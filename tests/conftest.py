@@ -1,8 +1,13 @@
 """Tests run on the CPU, and keep XLA's compiled programs between runs: compiling is most of their time."""
 
 import os
+import signal
 
 from gemma4_jax import paths
+
+# Started in the background of a script, pytest and all that it starts would ignore Ctrl-C, which tests send.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In the environment, so that the processes that tests start share the cache and its rules.
 for name, value in {'PLATFORMS': 'cpu', 'COMPILATION_CACHE_DIR': paths.cache() / 'xla_tests', 'COMPILATION_CACHE_MAX_SIZE': 2**30,
