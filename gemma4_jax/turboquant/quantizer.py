@@ -102,7 +102,7 @@ class Quantizer:
     y = _divide(y, rms)
     stretch = _divide(jnp.float32(1), rms) if self.grid == 'absmax' else jnp.ones_like(rms)   # the peak of y
     codes = self._codes(_divide(y, stretch))
-    c = self._values(codes) * stretch
+    c = self.values(codes) * stretch
     y_c, c_c = (y * c).sum(-1, keepdims=True), jnp.square(c).sum(-1, keepdims=True)
     factor = {'unbiased': lambda: _divide(self.dim, y_c), 'norm_matched': lambda: jnp.sqrt(_divide(self.dim, c_c)),
               'least_squares': lambda: _divide(y_c, c_c), 'norm': lambda: 1.0}[self.scale]()
@@ -116,7 +116,18 @@ class Quantizer:
   @functools.partial(jax.jit, static_argnums=0)
   def decode_rotated(self, codes: Codes) -> jax.Array:
     """Codes -> float32 [..., dim] in the rotated space, where <rotate(q), decode_rotated(k)> = <q, decode(k)>."""
-    return self._values(packing.unpack(codes.packed, self.bits)) * codes.scale.astype(jnp.float32)[..., None]
+    return self.values(packing.unpack(codes.packed, self.bits)) * codes.scale.astype(jnp.float32)[..., None]
+
+  def values(self, codes: jax.Array) -> jax.Array:
+    """What unpacked codes [...] mean before the scale, float32 [...]."""
+    if self.step is not None:
+      return (codes.astype(jnp.float32) - (2**self.bits - 1) / 2) * self.step
+    return jnp.asarray(self.levels)[codes]
+
+  @property
+  def step(self) -> np.float32 | None:
+    """The distance between levels, where all are equally far apart: level i is (i - (2**bits - 1) / 2) * step; else None."""
+    return np.float32(self._codebook.levels[-1] / ((2**self.bits - 1) / 2)) if self.grid in _AFFINE else None
 
   def rotate(self, x: jax.Array) -> jax.Array:
     """[..., dim] -> float32 [..., dim]; coordinates that are not finite count as zero."""
@@ -131,19 +142,10 @@ class Quantizer:
     return _codebook(self.grid, self.bits, self.dim)
 
   def _codes(self, y: jax.Array) -> jax.Array:
-    if self.grid in _AFFINE:
-      return jnp.clip(jnp.ceil(y / self._step) + (2**(self.bits - 1) - 1), 0, 2**self.bits - 1).astype(jnp.uint8)
+    if self.step is not None:
+      return jnp.clip(jnp.ceil(y / self.step) + (2**(self.bits - 1) - 1), 0, 2**self.bits - 1).astype(jnp.uint8)
     # By comparing with every threshold: XLA fuses it, and 15 compares are 50 times as fast on a CPU as the loop of searchsorted.
     return sum(((y > float(t)).astype(jnp.uint8) for t in self.thresholds), jnp.zeros(y.shape, jnp.uint8))
-
-  def _values(self, codes: jax.Array) -> jax.Array:
-    if self.grid in _AFFINE:
-      return (codes.astype(jnp.float32) - (2**self.bits - 1) / 2) * self._step
-    return jnp.asarray(self.levels)[codes]
-
-  @property
-  def _step(self) -> np.float32:
-    return np.float32(self._codebook.levels[-1] / ((2**self.bits - 1) / 2))
 
 
 @functools.lru_cache
