@@ -18,7 +18,7 @@ IMPLEMENTATIONS = ('xla', 'pallas_tpu', 'pallas_gpu', 'interpret')
 def choose(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array) -> str:
   """What `attend` takes where nobody says: the kernel of the default device, and 'xla' where it has none or cannot take the shapes."""
   device = jax.default_backend()
-  if device not in ('tpu', 'gpu') or pallas.unsupported(parts, stored, q_BKGD, pallas.TILE[device]):
+  if device not in ('tpu', 'gpu') or pallas.unsupported(parts, stored, q_BKGD, device):
     return 'xla'
   return f'pallas_{device}'
 

@@ -20,13 +20,15 @@ from jax.experimental import pallas as pl
 import jax.numpy as jnp
 
 from gemma4_jax.turboquant import packing
-from gemma4_jax.turboquant.reference import MASKED, Part, Partial, Stored, check, merge, width
+from gemma4_jax.turboquant.reference import MASKED, Part, Partial, Stored, check, merge_splits, width
 
 BACKENDS = ('tpu', 'gpu', 'interpret')
 _PIECE = 128                                             # coordinates: the lanes of a TPU, and what a GPU's registers bear
-TILE = {'tpu': 128, 'gpu': 64, 'interpret': 64}         # slots decoded at once
+_TILE = {'tpu': 1024, 'gpu': 64, 'interpret': 64}        # slots decoded at once: on a TPU many, as what a tile costs beside them is 200 bundles
+_LEAST = {'tpu': 128, 'gpu': 32, 'interpret': 32}
 _ROWS = {'tpu': 8, 'gpu': 16, 'interpret': 1}            # queries of a matrix product are filled up to at least this
-_SPLIT = {'tpu': 2048, 'gpu': 512, 'interpret': 256}     # slots of a program
+_SPLIT = {'tpu': 4096, 'gpu': 4096, 'interpret': 256}    # slots of a program, at most
+_PROGRAMS = 264                                          # that a GPU should have: two for each of 132 multiprocessors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +40,7 @@ class _Piece:
   planes: tuple[tuple[int, int, int, int], ...]   # first byte, shift right, width in bits, then shift left
 
 
-def unsupported(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array, tile: int) -> str:
+def unsupported(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array, backend: str) -> str:
   """Why the kernel cannot take these; '' where it can."""
   for part in parts:
     quantizer = part.quantizer
@@ -48,8 +50,8 @@ def unsupported(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax
     if pieces[0].size < 16 or pieces[0].size & (pieces[0].size - 1):
       return f'{part.blocks} blocks of {quantizer.dim} at {quantizer.bits} bits make pieces of {pieces[0].size}: 16, 32, 64 or 128 are needed'
   S = stored[0].packed_BKSW.shape[2]
-  if S % tile:
-    return f'{S} slots are no multiple of the tile, {tile}'
+  if S % _LEAST[backend]:
+    return f'{S} slots are no multiple of {_LEAST[backend]}'
   if q_BKGD.dtype not in (jnp.float32, jnp.bfloat16):
     return f'queries of {q_BKGD.dtype}: float32 or bfloat16 are needed'
   return ''
@@ -62,20 +64,20 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
   Args:
     q_BKGD: float32, or bfloat16: dot products are then of bfloat16, with sums in float32.
     backend: of BACKENDS.
-    split: slots of a program, a multiple of `tile`; None: a default of the backend, with no more splits than slots.
-    tile: slots decoded at once; None: a default of the backend.
+    split: slots of a program, a multiple of `tile`; None: what suits the backend and the number of heads.
+    tile: slots decoded at once, a divisor of S; None: what suits the backend.
   Raises:
     NotImplementedError: the kernel does not take such parts or shapes; the message has the reason.
   """
   check(parts, stored, q_BKGD)
-  tile = tile or TILE[backend]
-  if reason := unsupported(parts, stored, q_BKGD, tile):
+  if reason := unsupported(parts, stored, q_BKGD, backend):
     raise NotImplementedError(f'turboquant attention on Pallas: {reason}')
   B, K, G, D = q_BKGD.shape
   S = stored[0].packed_BKSW.shape[2]
-  split = split or min(_SPLIT[backend], S)
-  if split % tile:
-    raise ValueError(f'split={split}: must be a multiple of the tile, {tile}')
+  tile = tile or math.gcd(S, _TILE[backend])
+  split = split or _split(backend, B * K, S, tile)
+  if S % tile or split % tile:
+    raise ValueError(f'tile={tile}: must divide the slots, {S}, and the split, {split}')
   rows, splits = max(_ROWS[backend], 1 << (G - 1).bit_length()), math.ceil(S / split)
   bounds_B2 = jnp.stack([jnp.maximum(start_B, 0), jnp.minimum(end_B, S)], axis=1).astype(jnp.int32)
   q = jnp.pad(q_BKGD, [(0, 0), (0, 0), (0, rows - G), (0, 0)]).reshape(B * K, rows, D)
@@ -99,7 +101,14 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
       bounds_B2, q, *arrays)
   cut = lambda x: x[:, :, :G].reshape(B, K, splits, G, -1)
   o, peak, total = cut(o), cut(peak)[..., 0], cut(total)[..., 0]
-  return merge(*(Partial(o[:, :, i], peak[:, :, i], total[:, :, i]) for i in range(splits)))
+  return merge_splits(Partial(*(jnp.moveaxis(x, 2, 0) for x in (o, peak, total))))
+
+
+def _split(backend: str, heads: int, S: int, tile: int) -> int:
+  split = min(_SPLIT[backend], S)
+  while backend == 'gpu' and heads * S < _PROGRAMS * split and split % (2 * tile) == 0 and split > 256:
+    split //= 2
+  return split
 
 
 def _options(backend: str, grids: dict) -> dict:
@@ -132,9 +141,10 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
     first = 0
     for part, packed_ref, scale_ref in zip(parts, stored[::2], stored[1::2]):
       for n in range(part.keys):
-        products = [dot(q_ref[:, first + p.first:first + p.first + p.size], _decode(packed_ref, slots, p, part, dtype), (((1,), (1,)), ((), ())))
+        products = [dot(q_ref[:, first + p.first:first + p.first + p.size], _decode(packed_ref, slots, p, part, dtype),
+                        (((1,), (1,)), ((), ())))
                     for p in _pieces(part) if p.block == n]
-        score += sum(products[1:], products[0]) * _scale(scale_ref, n, slots, part)
+        score += sum(products[1:], products[0]) * (_scale(scale_ref, n, slots) * float(part.quantizer.step))
       first += part.keys * part.quantizer.dim
     score = jnp.where(seen, score, MASKED)
     new_peak = jnp.maximum(peak, score.max(axis=1, keepdims=True))
@@ -142,22 +152,22 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
     new, i = [], 0
     for part, packed_ref, scale_ref in zip(parts, stored[::2], stored[1::2]):
       for n in range(part.values):
-        scaled = jnp.where(seen, weight * _scale(scale_ref, n, slots, part), 0.).astype(dtype)
+        scaled = jnp.where(seen, weight * _scale(scale_ref, n, slots), 0.).astype(dtype)
         for p in _pieces(part):
           if p.block == n:
             new.append(outputs[i] * decay + dot(scaled, _decode(packed_ref, slots, p, part, dtype), (((1,), (0,)), ((), ()))))
             i += 1
     return new_peak, total * decay + weight.sum(axis=1, keepdims=True), *new
 
-  sizes = [p.size for part in parts for p in _pieces(part) if p.block < part.values]
+  made = [(p.size, float(part.quantizer.step)) for part in parts for p in _pieces(part) if p.block < part.values]
   nothing = (jnp.full((rows, 1), MASKED, jnp.float32), jnp.zeros((rows, 1), jnp.float32),
-             *(jnp.zeros((rows, n), jnp.float32) for n in sizes))
+             *(jnp.zeros((rows, n), jnp.float32) for n, _ in made))
   low, high = jnp.clip(start, 0, split), jnp.clip(end, 0, split)
   peak, total, *outputs = jax.lax.fori_loop(low // tile, (high + tile - 1) // tile, step, nothing)
   peak_ref[...], total_ref[...] = peak, total
   first = 0
-  for output, n in zip(outputs, sizes):
-    o_ref[:, first:first + n] = output
+  for output, (n, unit) in zip(outputs, made):
+    o_ref[:, first:first + n] = output * unit     # not before: a weight times a bfloat16 scale alone rounds less
     first += n
 
 
@@ -183,6 +193,6 @@ def _decode(packed_ref, slots, piece: _Piece, part: Part, dtype) -> jax.Array:
   return (code.astype(jnp.float32) - (2**part.quantizer.bits - 1) / 2).astype(dtype)
 
 
-def _scale(scale_ref, block: int, slots, part: Part) -> jax.Array:
+def _scale(scale_ref, block: int, slots) -> jax.Array:
   """[1, tile]"""
-  return scale_ref[block:block + 1, slots].astype(jnp.float32) * float(part.quantizer.step)
+  return scale_ref[block:block + 1, slots].astype(jnp.float32)

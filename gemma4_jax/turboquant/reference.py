@@ -86,10 +86,14 @@ class Partial(NamedTuple):
 
 def merge(*partials: Partial) -> Partial:
   """The partial over the slots of all."""
-  peak_BKG = jnp.stack([p.peak_BKG for p in partials]).max(0)
-  weights = [jnp.exp(p.peak_BKG - peak_BKG) for p in partials]
-  return Partial(sum(p.o_BKGD * w[..., None] for p, w in zip(partials, weights)), peak_BKG,
-                 sum(p.sum_BKG * w for p, w in zip(partials, weights)))
+  return merge_splits(jax.tree.map(lambda *x: jnp.stack(x), *partials))
+
+
+def merge_splits(partials: Partial) -> Partial:
+  """Partials along an axis before the others -> the partial over the slots of all."""
+  peak_BKG = partials.peak_BKG.max(0)
+  weight = jnp.exp(partials.peak_BKG - peak_BKG)
+  return Partial((partials.o_BKGD * weight[..., None]).sum(0), peak_BKG, (partials.sum_BKG * weight).sum(0))
 
 
 def normalize(partial: Partial) -> jax.Array:
