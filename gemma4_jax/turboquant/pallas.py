@@ -152,10 +152,14 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
     new, i = [], 0
     for part, packed_ref, scale_ref in zip(parts, stored[::2], stored[1::2]):
       for n in range(part.values):
-        scaled = jnp.where(seen, weight * _scale(scale_ref, n, slots), 0.).astype(dtype)
+        scaled = jnp.where(seen, weight * _scale(scale_ref, n, slots), 0.)
+        terms = [scaled.astype(dtype)]
+        if jnp.finfo(scale_ref.dtype).nmant > jnp.finfo(dtype).nmant:     # a finer scale than the dots' type: what rounding took is a second term, or it would show
+          terms.append((scaled - terms[0].astype(jnp.float32)).astype(dtype))
         for p in _pieces(part):
           if p.block == n:
-            new.append(outputs[i] * decay + dot(scaled, _decode(packed_ref, slots, p, part, dtype), (((1,), (0,)), ((), ()))))
+            levels = _decode(packed_ref, slots, p, part, dtype)
+            new.append(sum((dot(term, levels, (((1,), (0,)), ((), ()))) for term in terms), outputs[i] * decay))
             i += 1
     return new_peak, total * decay + weight.sum(axis=1, keepdims=True), *new
 

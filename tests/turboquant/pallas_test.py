@@ -62,7 +62,7 @@ RAGGED = bounds((0, 256), (0, 1), (70, 200))
 def test_the_kernel_is_the_reference(name):
   stored, q = setup(PARTS[name])
   assert difference(PARTS[name], stored, q, *RAGGED, split=128) < 1e-5
-  assert 1e-5 < difference(PARTS[name], stored, q.astype(jnp.bfloat16), *RAGGED, split=128) < 2e-3
+  assert difference(PARTS[name], stored, q.astype(jnp.bfloat16), *RAGGED, split=128) < 2e-3
 
 
 @pytest.mark.parametrize('queries', [1, 3, 16])
