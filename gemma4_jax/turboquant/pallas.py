@@ -24,7 +24,7 @@ from gemma4_jax.turboquant.reference import MASKED, Part, Partial, Stored, check
 
 BACKENDS = ('tpu', 'gpu', 'interpret')
 _PIECE = 128                                             # coordinates: the lanes of a TPU, and what a GPU's registers bear
-_TILE = {'tpu': 1024, 'gpu': 64, 'interpret': 64}        # slots decoded at once: on a TPU many, as what a tile costs beside them is 200 bundles
+_TILE = {'tpu': 1024, 'gpu': 64, 'interpret': 64}        # slots decoded at once; on a TPU a tile has fixed costs
 _LEAST = {'tpu': 128, 'gpu': 32, 'interpret': 32}
 _ROWS = {'tpu': 8, 'gpu': 16, 'interpret': 1}            # queries of a matrix product are filled up to at least this
 _SPLIT = {'tpu': 4096, 'gpu': 4096, 'interpret': 256}    # slots of a program, at most
@@ -48,7 +48,8 @@ def unsupported(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax
       return f"grid={quantizer.grid!r} is a table, which the kernel cannot look up at speed; it takes grid='uniform' or 'absmax'"
     pieces = list(_pieces(part))
     if pieces[0].size < 16 or pieces[0].size & (pieces[0].size - 1):
-      return f'{part.blocks} blocks of {quantizer.dim} at {quantizer.bits} bits make pieces of {pieces[0].size}: 16, 32, 64 or 128 are needed'
+      return (f'{part.blocks} blocks of {quantizer.dim} at {quantizer.bits} bits make pieces of {pieces[0].size}: '
+              '16, 32, 64 or 128 are needed')
   S = stored[0].packed_BKSW.shape[2]
   if S % _LEAST[backend]:
     return f'{S} slots are no multiple of {_LEAST[backend]}'
@@ -154,7 +155,7 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
       for n in range(part.values):
         scaled = jnp.where(seen, weight * _scale(scale_ref, n, slots), 0.)
         terms = [scaled.astype(dtype)]
-        if jnp.finfo(scale_ref.dtype).nmant > jnp.finfo(dtype).nmant:     # a finer scale than the dots' type: what rounding took is a second term, or it would show
+        if jnp.finfo(scale_ref.dtype).nmant > jnp.finfo(dtype).nmant:     # what rounding took is a second term, or it would show
           terms.append((scaled - terms[0].astype(jnp.float32)).astype(dtype))
         for p in _pieces(part):
           if p.block == n:
