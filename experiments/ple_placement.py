@@ -18,7 +18,7 @@ import sys
 import time
 
 from configs import base
-from gemma4_jax import config as model_config, hardware
+from gemma4_jax import config as model_config, hardware, provenance
 
 PROMPT = 32
 
@@ -86,14 +86,13 @@ def main(argv=None) -> None:
   except ValueError as error:
     sys.exit(f'error: {error}')
   os.environ.update(hardware.cpu_environment())   # before JAX is imported
+  head = provenance.result()
   rows = []
   for row in measure(args.size, args.dtype, kinds, args.tokens, args.rounds):
     print(json.dumps(row), file=sys.stderr, flush=True)
     rows.append(row)
-  import jax
   print(json.dumps({'size': args.size, 'dtype': args.dtype, 'batch': 1, 'prompt': PROMPT, 'tokens': args.tokens, 'rounds': args.rounds,
-                    'device': jax.devices()[0].device_kind, 'date': time.strftime('%Y-%m-%d'),
-                    'environment': hardware.environment(), 'rows': rows}, indent=2))
+                    **head, 'environment': hardware.environment(), 'rows': rows}, indent=2))
 
 
 if __name__ == '__main__':

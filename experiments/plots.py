@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 import pathlib
 
-import matplotlib.figure
 from matplotlib.lines import Line2D
 import matplotlib.ticker
 import numpy as np
 
-from experiments import analysis, report, statistics
+from experiments import analysis, figures, report, statistics
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart, then Tol's; grey: the first arm, usually the baseline.
 _COLOURS = (
@@ -28,33 +27,16 @@ def draw(results: Mapping, curves: Mapping, workdir: pathlib.Path) -> list[pathl
   """
   arms = list(dict.fromkeys(arm for group in results['groups'] for arm in group['arms']))
   colours = {arm: _COLOURS[i % len(_COLOURS)] for i, arm in enumerate(arms)}
-  figures = {}
+  drawn = {}
   for group in results['groups']:
     suffix = f'_{group["group"].replace("/", "-").replace(" ", "-")}' if group['group'] else ''
     mine = {arm: curves[group['group'], arm] for arm in group['arms'] if (group['group'], arm) in curves}
-    figures[f'loss_curves{suffix}'] = _loss_curves(mine, group, colours)
-    figures[f'final_metric{suffix}'] = _final_metric(results, group, colours)
+    drawn[f'loss_curves{suffix}'] = _loss_curves(mine, group, colours)
+    drawn[f'final_metric{suffix}'] = _final_metric(results, group, colours)
     if any(c['metrics'][results['primary_metric']]['interval'] for c in (*group['comparisons'], *group['matched'])):
-      figures[f'differences{suffix}'] = _differences(results, group, colours)
-  figures['quality_against_cost'] = _quality_against_cost(results, colours)
-  paths = []
-  for name, figure in figures.items():
-    paths.append(workdir / f'{name}.png')
-    beside = workdir / f'.{name}.part.png'
-    figure.savefig(beside, dpi=150)
-    beside.replace(paths[-1])
-  return paths
-
-
-def _figure(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs):
-  # Not through pyplot: no global state, no display.
-  figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
-  axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
-  for axis in axes.flat:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
-    axis.set_axisbelow(True)
-  return figure, axes
+      drawn[f'differences{suffix}'] = _differences(results, group, colours)
+  drawn['quality_against_cost'] = _quality_against_cost(results, colours)
+  return [figures.save(figure, workdir / f'{name}.png') for name, figure in drawn.items()]
 
 
 def _smoothed(curve: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +48,7 @@ def _smoothed(curve: Sequence[tuple[int, float]]) -> tuple[np.ndarray, np.ndarra
 
 def _loss_curves(curves: Mapping, group: Mapping, colours: Mapping):
   """Left: loss of every arm. Right: difference to the baseline's run of the same seed, where small effects show."""
-  figure, axes = _figure(11, 4.2, columns=2)
+  figure, axes = figures.grid(11, 4.2, columns=2)
   left, right = axes[0]
   smooth = {arm: {seed: _smoothed(curve) for seed, curve in seeds.items() if curve} for arm, seeds in curves.items()}
   base = smooth.get(group['baseline'], {})
@@ -114,7 +96,7 @@ def _view(axis) -> None:
 def _final_metric(results: Mapping, group: Mapping, colours: Mapping):
   metric = results['primary_metric']
   arms = [arm for arm, a in group['arms'].items() if metric in a['metrics']]
-  figure, axes = _figure(7.5, 1.3 + 0.42 * len(arms))
+  figure, axes = figures.grid(7.5, 1.3 + 0.42 * len(arms))
   axis = axes[0, 0]
   for row, arm in enumerate(arms):
     a = group['arms'][arm]['metrics'][metric]
@@ -130,7 +112,7 @@ def _differences(results: Mapping, group: Mapping, colours: Mapping):
   """A forest plot: every arm against the baseline, then every treatment against the controls matched to it."""
   metric = results['primary_metric']
   rows = [(c, f'{c["arm"]}  −  {c["against"]}') for c in (*group['comparisons'], *group['matched']) if c['metrics'][metric]['interval']]
-  figure, axes = _figure(8.5, 1.4 + 0.42 * len(rows))
+  figure, axes = figures.grid(8.5, 1.4 + 0.42 * len(rows))
   axis = axes[0, 0]
   split = sum(bool(c['metrics'][metric]['interval']) for c in group['comparisons'])
   if 0 < split < len(rows):
@@ -163,7 +145,7 @@ def _arm_axis(axis, labels: Sequence[str]) -> None:
 def _quality_against_cost(results: Mapping, colours: Mapping):
   """One panel a cost; groups (backbone sizes, say) differ in their marker, and an arm's groups are joined."""
   metric = results['primary_metric']
-  figure, axes = _figure(11, 6.6, columns=3, rows=2, sharey=True)
+  figure, axes = figures.grid(11, 6.6, columns=3, rows=2, sharey=True)
   markers = {group['group']: _MARKERS[i % len(_MARKERS)] for i, group in enumerate(results['groups'])}
   for axis, cost in zip(axes.flat, analysis.COSTS):
     xs = []

@@ -50,7 +50,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   from gemma4_jax import metrics, sharding
   from gemma4_jax.evaluation import documents as documents_lib, perplexity, probe
   from gemma4_jax.sampling import text
-  from gemma4_jax.training import provenance, trainer
+  from gemma4_jax.training import identity, trainer
   check(config)
   p, checkpoint = config.probe, config.probe.checkpoint
   if not checkpoint:
@@ -76,7 +76,7 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
                    'strata': [{'name': name, 'tokens': int(sum(mask.sum() for mask in masks))} for name, masks in strata.items()]},
       'kv_from': [spec.kv_from for spec in model.cfg.layers],
       'baseline': {'nats_per_token': float(np.concatenate(base.nll).mean(dtype=np.float64))},
-      'arms': arms[1:], 'environment': provenance.environment(data, sharding.make_mesh(config.mesh))}
+      'arms': arms[1:], 'environment': identity.environment(data, sharding.make_mesh(config.mesh))}
   metrics.write_json(folder / 'results.json', results)
   about = {'document': [d.origin for d in documents], 'domain': [d.domain for d in documents],
            'tokens': [len(d.targets) for d in documents]}

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 import pathlib
 
-import matplotlib.figure
 import rich.console
 
-from experiments import report, statistics
+from experiments import figures, report, statistics
 from gemma4_jax import metrics
 
 _SURE = (statistics.BETTER, statistics.WORSE)
@@ -22,9 +21,7 @@ def write(found: Sequence[Mapping], workdir: pathlib.Path, console: rich.console
   text, paths = [f'# {workdir.resolve().name}', ''], []
   for i, results in enumerate(found):
     picture = workdir / f'delta_by_layer{i or ""}.png'
-    beside = workdir / f'.{picture.stem}.part.png'
-    draw(results).savefig(beside, dpi=150)
-    beside.replace(picture)
+    figures.save(draw(results), picture)
     text += [*([f'# {results["name"]}', ''] if len(found) > 1 else []), *preamble(results), '', f'![delta by layer]({picture.name})', '']
     for table in tables(results):
       text += report.section(table)
@@ -63,14 +60,14 @@ def preamble(results: Mapping) -> list[str]:
           f'Corpus: {env["corpus_hash"]}. Tokenizer: {env["tokenizer_hash"]}.']
 
 
-def draw(results: Mapping) -> matplotlib.figure.Figure:
-  """A panel a kind: nats per token above `none` by layer. Not through pyplot: no global state, no display."""
+def draw(results: Mapping):
+  """A panel a kind: nats per token above `none` by layer, a figure of `figures.grid`."""
   kinds = list(dict.fromkeys(arm['kind'] for arm in results['arms']))
   donors = {i for i in results['kv_from'] if i is not None}
   borrowers = [i for i, donor in enumerate(results['kv_from']) if donor is not None]
   columns = min(3, len(kinds))
-  figure = matplotlib.figure.Figure(figsize=(4 * columns, 2.9 * -(-len(kinds) // columns) + 0.6), layout='constrained')
-  axes = figure.subplots(-(-len(kinds) // columns), columns, squeeze=False, sharex=True)
+  rows = -(-len(kinds) // columns)
+  figure, axes = figures.grid(4 * columns, 2.9 * rows + 0.6, columns, rows, sharex=True)
   for axis, kind in zip(axes.flat, kinds):
     axis.axhline(0, color='#999999', linewidth=0.8)
     if borrowers:
@@ -83,8 +80,6 @@ def draw(results: Mapping) -> matplotlib.figure.Figure:
         axis.plot(layer, found['mean'], 'D' if layer in donors else 'o', color='#0072B2', markersize=5,
                   markerfacecolor='#0072B2' if found['verdict'] in _SURE else 'white')
     axis.set_title(kind, fontsize=10)
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
     axis.xaxis.get_major_locator().set_params(integer=True)
   for axis in axes.flat[len(kinds):]:
     axis.set_visible(False)

@@ -20,7 +20,7 @@ import time
 
 from configs import base
 from experiments import speed_sampling
-from gemma4_jax import hardware, size
+from gemma4_jax import hardware, provenance, size
 from gemma4_jax.config import WEIGHTS
 
 BATCH, LENGTH = 4, 512
@@ -141,12 +141,13 @@ def main(argv=None) -> None:
     runs = {'ours': speed_sampling.ours} | ({'hf': speed_sampling.hf} if args.peer else {})
     call, shape = (args.size, args.what, args.dtype, args.batch, args.steps, args.weights), {
         'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype, 'weights': args.weights}
+  head = _alone(provenance.result)
   found = {name: [] for name in runs}
   for _ in range(args.rounds):
     for name, function in runs.items():
       found[name].append(_alone(function, *call))
   out = {'what': args.what, 'size': args.size, **shape, 'parameters': size.total(base.models()[args.size]),
-         'date': time.strftime('%Y-%m-%d'), 'environment': hardware.environment(),
+         **head, 'environment': hardware.environment(),
          **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(value, (int, float)) else value
                    for key, value in rounds[0].items()} for name, rounds in found.items()}}
   if args.peer:

@@ -11,21 +11,18 @@ this file: 4 minutes of a CPU core.
 
 import argparse
 from collections.abc import Sequence
-import importlib.metadata
 import math
 import pathlib
-import subprocess
-import time
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import rich.console
 import rich.progress
 import rich.table
 
-from gemma4_jax import metrics
+from experiments import figures
+from gemma4_jax import metrics, provenance
 from gemma4_jax.turboquant import codebook, methods
 from gemma4_jax.turboquant.quantizer import Quantizer
 from gemma4_jax.turboquant.residual import Residual
@@ -110,26 +107,11 @@ def draw(rows: Sequence[dict], folder: pathlib.Path) -> list[pathlib.Path]:
   dims = list(dict.fromkeys(row['dim'] for row in rows))
   shown = SHOWN if SHOWN in dims else dims[-1]
   here = [row for row in rows if row['dim'] == shown]
-  figures = {
+  drawn = {
       'distortion': _against_bits(here, [('error', 'normal numbers'), ('error_outliers', f'{_OUTLIERS} channels × {_LOUDNESS}')],
                                   f'squared error / squared length (dim {shown})', shown),
       'inner_products': _inner_products(here, shown), 'theory': _ratios(rows)}
-  paths = []
-  for name, figure in figures.items():
-    paths.append(folder / f'{name}.png')
-    beside = folder / f'.{name}.part.png'
-    figure.savefig(beside, dpi=120)
-    beside.replace(paths[-1])
-  return paths
-
-
-def _figure(width, height, columns=1):
-  figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')   # not through pyplot: no global state, no display
-  axes = figure.subplots(1, columns, squeeze=False, sharey=True)[0]
-  for axis in axes:
-    axis.spines[['top', 'right']].set_visible(False)
-    axis.grid(alpha=0.25, linewidth=0.6)
-  return figure, axes
+  return [figures.save(figure, folder / f'{name}.png') for name, figure in drawn.items()]
 
 
 def _family(name):
@@ -137,7 +119,7 @@ def _family(name):
 
 
 def _against_bits(rows, panels, label, dim):
-  figure, axes = _figure(13, 6, len(panels))
+  figure, (axes,) = figures.grid(13, 6, len(panels), sharey=True)
   bits = np.arange(1, 9)
   for axis, (key, title) in zip(axes, panels):
     axis.plot([1, 9], [4.0**-1, 4.0**-9], color='black', linewidth=1, label='bound 4^-bits')
@@ -156,7 +138,7 @@ def _against_bits(rows, panels, label, dim):
 
 def _inner_products(rows, dim):
   """The same bits as levels, or as a sketch of the error."""
-  figure, axes = _figure(12, 5, 2)
+  figure, (axes,) = figures.grid(12, 5, 2, sharey=True)
   series = {'unbiased scale': 'turboquant{}', 'scale of the paper (biased)': 'turboquant{}_norm', 'QJL residual, Gaussian S': 'prod{}',
             'QJL residual, orthogonal S': 'prod{}_orthogonal'}
   alone = {'prod1': 'qjl', 'prod1_orthogonal': 'qjl_orthogonal'}     # one bit of prod is QJL alone
@@ -176,7 +158,7 @@ def _inner_products(rows, dim):
 
 
 def _ratios(rows):
-  figure, (axis,) = _figure(8, 4.5)
+  figure, ((axis,),) = figures.grid(8, 4.5)
   for dim, colour in zip(dict.fromkeys(row['dim'] for row in rows), ('#0072B2', '#D55E00', '#009E73', '#CC79A7')):
     mine = [row for row in rows if row['dim'] == dim and row['method'] in {f'turboquant{b}_norm' for b in range(1, 9)}]
     axis.errorbar([int(row['method'][10]) + (math.log2(dim) - 7.5) / 20 for row in mine], [row['error'] / row['theory'] for row in mine],
@@ -185,15 +167,6 @@ def _ratios(rows):
   axis.set(xlabel='bits', ylabel='measured error / theory', title="TurboQuant as in the paper (scale 'norm'), ± 2 SE")
   axis.legend(frameon=False)
   return figure
-
-
-def _environment() -> dict:
-  def git(*args):
-    done = subprocess.run(['git', '-C', str(pathlib.Path(__file__).parent), *args], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-  versions = {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'numpy')}
-  return {'date': time.strftime('%Y-%m-%d'), 'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
-          'device': jax.devices()[0].device_kind, 'versions': versions}
 
 
 def main(argv=None) -> None:
@@ -205,11 +178,11 @@ def main(argv=None) -> None:
   if args.vectors < 32 or args.vectors % 32:
     parser.error(f'--vectors={args.vectors}: must be a multiple of 32, the tokens of a group of KIVI')
   args.out.mkdir(parents=True, exist_ok=True)
-  environment = _environment()      # before the outputs change the tree
+  head = provenance.result()      # before the outputs change the tree
   with rich.progress.Progress(console=rich.console.Console(stderr=True)) as progress:
     task = progress.add_task('methods', total=len(methods.METHODS) * len(DIMS))
     rows = measure(list(methods.METHODS), DIMS, args.vectors, lambda: progress.advance(task))
-  metrics.write_json(args.out / 'results.json', environment | {'vectors': args.vectors, 'seed': SEED, 'rows': rows})
+  metrics.write_json(args.out / 'results.json', head | {'vectors': args.vectors, 'seed': SEED, 'rows': rows})
   show(rows)
   for path in draw(rows, args.out):
     print(path)

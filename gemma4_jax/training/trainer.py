@@ -27,7 +27,7 @@ from gemma4_jax.checkpoint import orbax
 from gemma4_jax.data import batching, corpus
 from gemma4_jax.evaluation import perplexity
 from gemma4_jax.model import transformer
-from gemma4_jax.training import losses, optimizer, provenance
+from gemma4_jax.training import identity, losses, optimizer
 
 
 class NonFiniteLoss(RuntimeError):
@@ -213,7 +213,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
     batches.set_state(place['iterator'].encode())
     logging.info('%s: goes on from step %d', r.workdir, start)
   if lead:
-    metrics.write_json(r.workdir / 'env.json', provenance.environment(r.data, r.mesh))
+    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh))
   writer = metrics.Writer(r.workdir, start, config) if lead else None
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,
@@ -248,7 +248,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
       row = {'step': step, **row, 'learning_rate': float(rate(step - 1)), 'tokens_per_s': speed,
              'mfu': speed * flops_per_token / peak}
       if step == 1:
-        row['fingerprint'] = provenance.fingerprint(cfg, state.params, arrays, r.mesh)
+        row['fingerprint'] = identity.fingerprint(cfg, state.params, arrays, r.mesh)
       if evaluated:
         row |= evaluate(state.params)
       if lead:

@@ -1,16 +1,12 @@
-"""What tells one run from another: code, versions, hardware and data; and whether two of them train the same model."""
+"""What tells one run from another: code, hardware and data; and whether two of them train the same model."""
 
 import hashlib
-import importlib.metadata
-from pathlib import Path
-import platform
-import subprocess
 import time
 
 import jax
 import numpy as np
 
-from gemma4_jax import config as model_config, hardware, sharding
+from gemma4_jax import config as model_config, hardware, provenance, sharding
 from gemma4_jax.data import corpus
 from gemma4_jax.model import transformer
 
@@ -26,13 +22,8 @@ def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict, mesh: 
 
 def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh) -> dict:
   """What env.json holds: code, versions, hardware, data."""
-  def git(*args):
-    done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
   return {
-      'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
-      'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in (
-          'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')},
+      **provenance.code(),
       'device': jax.devices()[0].device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
       'cpus': hardware.cores(), 'environment': hardware.environment(),
       'mesh': {axis: int(n) for axis, n in mesh.shape.items()}, 'peak_flops': hardware.peak_flops(),

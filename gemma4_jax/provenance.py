@@ -1,0 +1,24 @@
+"""Which code and which packages a number comes from; every result that is kept carries it."""
+
+import importlib.metadata
+from pathlib import Path
+import platform
+import subprocess
+import time
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')
+
+
+def code() -> dict:
+  """{'commit': of the checkout this package lies in, or None, 'dirty': whether files differ from it, 'python', 'versions'}."""
+  def git(*args):
+    done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+  return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
+          'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}}
+
+
+def result() -> dict:
+  """The date, `code` and the device of JAX: the head of a result's JSON. Ask before the result's files change the checkout."""
+  import jax
+  return {'date': time.strftime('%Y-%m-%d'), **code(), 'device': jax.devices()[0].device_kind}
