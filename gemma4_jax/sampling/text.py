@@ -8,24 +8,26 @@
 A prompt begins with BOS once, whatever it spells: text never becomes a control token.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import os
 from pathlib import Path
-import time
 
 import numpy as np
 
-from gemma4_jax import compilation, config as model_config
+from gemma4_jax import config as model_config
 from gemma4_jax.checkpoint import load as checkpoint, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data import chat as chat_format
 from gemma4_jax.data.tokenizer import GEMMA4_TOKENS, Tokenizer
 from gemma4_jax.model import ple_placement as placing, quantized, transformer
-from gemma4_jax.sampling import generate, pieces
+from gemma4_jax.sampling import generate
+from gemma4_jax.sampling.conversation import Conversation
+from gemma4_jax.sampling.run import Completion, Reply, Run, Stats, likeliest
 from gemma4_jax.sampling.sampler import Sampling
 
-_STEPS = 16   # between two looks for stop strings, where nobody waits for the text
+__all__ = ['Completion', 'Conversation', 'Model', 'Reply', 'Run', 'Stats', 'likeliest', 'load', 'random']
 
 
 def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokenizer: str | os.PathLike | None = None,
@@ -87,30 +89,6 @@ def _placed(cfg, params, placement, storage, weights, progress):
   if (placement, storage) != ('device', 'as_is'):   # a model without such a table has it there, too
     cfg, params = placing.place(cfg, params, placement=placement, storage=storage, progress=progress)
   return cfg, params if weights == 'as_is' else quantized.quantize(cfg, params, weights, consume=True, progress=progress)
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-  """What followed a prompt.
-
-  Attributes:
-    text: without control tokens, up to the stop string if one came; in a chat, the answer without its thoughts.
-    tokens: int32 [n], what was chosen: with the stop id that ended it, or all that a stop string came with.
-    logprobs: float32 [n], of each token under the model, without temperature or cuts.
-    stopped: whether a stop id or a stop string ended it, not `max_new_tokens`.
-    message: in a chat, what `chat.parse` makes of the tokens, its content up to the stop string; else None.
-  """
-  text: str
-  tokens: np.ndarray
-  logprobs: np.ndarray
-  stopped: bool
-  message: dict | None = None
-
-
-def likeliest(rows: Sequence[Completion]) -> list[Completion]:
-  """Those with the highest mean log-probability a token first. The mean is under the model alone, so that a longer one is not the
-  worse for it; a stop id counts."""
-  return sorted(rows, key=lambda row: -row.logprobs.mean())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,7 +163,7 @@ class Model:
 
   def chat_stream(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
                   max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = (),
-                  kv: str = 'exact') -> 'Reply':
+                  kv: str = 'exact') -> Reply:
     """As `chat`, in pieces."""
     return Reply(self.start([self.encode_chat(messages, tools, thinking=thinking)], chat=True, max_new_tokens=max_new_tokens,
                             sampling=sampling, seed=seed, stop_strings=stop_strings, kv=kv, every=1))
@@ -211,232 +189,13 @@ class Model:
     return chat_format.encode(self.tokenizer, messages, tools, thinking=thinking, template=self.template,
                               empty_thought_channel=self.empty_thought_channel)
 
-  def start(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1, kv: str = 'exact', **settings) -> 'Run':
+  def start(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1, kv: str = 'exact', **settings) -> Run:
     """A run over prompts of `encode` or `encode_chat`; `settings` are those of `Run`."""
     if not prompts:
       raise ValueError('prompt: none given')
     capacity = max(map(len, prompts)) + max_new_tokens
     return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), capacity, kv=kv), kv=kv,
                max_new_tokens=max_new_tokens, samples=samples, **settings)
-
-
-@dataclasses.dataclass
-class Stats:
-  """Attributes: tokens run and chosen in all rows; seconds without compiling, which `compile_seconds` has; bytes of the cache; its kind."""
-  prompt_tokens: int = 0
-  new_tokens: int = 0
-  prefill_seconds: float = 0.0
-  decode_seconds: float = 0.0
-  compile_seconds: float = 0.0
-  cache_bytes: int = 0
-  kv: str = 'exact'
-
-
-class Run:
-  """Rows that are being continued; nothing runs before the first is asked for.
-
-  Yields, after each `every` steps, every row's new text: pieces (kind, text), kind being 'content', or 'reasoning' in a chat.
-
-  Attributes:
-    rows: as far as they are, `samples` for every prompt.
-    stats: likewise.
-    finished: whether every row has ended.
-  """
-
-  def __init__(self, model: Model, new: Sequence[np.ndarray], open_session: Callable[[], generate.Session], *, kv: str, max_new_tokens: int,
-               sampling: Sampling | None = None, seed: int | Sequence[int] = 0, stop_strings: Sequence[str] = (), samples: int = 1,
-               every: int | None = None, chat: bool = False):
-    """
-    Args:
-      open_session: gives that to which the ids `new` are added, once all settings are found sound.
-      every: None: as seldom as stop strings allow.
-      chat: the rows are messages of the assistant.
-    """
-    sampling = model.sampling if sampling is None else sampling
-    sampling.check(model.cfg.vocab_size)
-    if max_new_tokens < 1 or samples < 1:
-      raise ValueError(f'max_new_tokens: {max_new_tokens}, samples: {samples}: not positive')
-    one = not isinstance(seed, Sequence | np.ndarray)
-    if not all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in ([seed] if one else seed)):
-      raise ValueError(f'seed: {seed!r} is no whole number from 0 to 2**32 - 1')
-    if not one and len(seed) != len(new) * samples:
-      raise ValueError(f'seed: {len(seed)} for {len(new) * samples} rows')
-    self.rows = [_Row(model, stop_strings, chat) for _ in range(len(new) * samples)]
-    self.stats, self.finished = Stats(kv=kv), False
-    every = every or (_STEPS if stop_strings else max_new_tokens)
-    settings = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=model.stop_ids, every=every)
-    self._steps = self._run(open_session(), new, samples, settings)
-
-  def __iter__(self) -> Iterator[list[list[tuple[str, str]]]]:
-    return self._steps
-
-  def _run(self, session, new, samples, settings):
-    stats, clock = self.stats, _Clock()
-    session.append(new)
-    if samples != 1:
-      session.fork(samples)
-    session.wait()
-    stats.prompt_tokens, stats.cache_bytes = sum(map(len, new)), session.cache_bytes
-    stats.prefill_seconds, prefill_compiled = clock.read()
-    clock = _Clock()
-    for part in session.generate(**settings):
-      new = [row.push(tokens, logprobs) for row, (tokens, logprobs) in zip(self.rows, part, strict=True)]
-      stats.new_tokens = sum(len(row.tokens) for row in self.rows)
-      stats.decode_seconds, compiled = clock.read()
-      stats.compile_seconds = prefill_compiled + compiled
-      yield new
-      if all(row.stopped for row in self.rows):
-        break
-    self.finished = True
-    yield [row.end() for row in self.rows]
-
-  def finish(self) -> list[Completion]:
-    """Runs to the end."""
-    for _ in self:
-      pass
-    return self.completions
-
-  @property
-  def completions(self) -> list[Completion]:
-    return [Completion(row.text, np.array(row.tokens, np.int32), np.array(row.logprobs, np.float32), row.stopped, row.message)
-            for row in self.rows]
-
-
-class Reply:
-  """An assistant's message that is being generated: yields (kind, text), kind being 'reasoning' or 'content'.
-
-  The pieces of a kind, joined, are that field of the message. Calls of tools come with the message alone, and so does text
-  behind a call that is not well formed.
-
-  Attributes:
-    run: the run behind it.
-  """
-
-  def __init__(self, run: Run):
-    """Args: run: of one row, with `chat`."""
-    self.run = run
-    self._pieces = (piece for new, in run for piece in new)
-
-  @property
-  def message(self) -> dict:
-    """As far as it is."""
-    return self.run.rows[0].message
-
-  def __iter__(self) -> Iterator[tuple[str, str]]:
-    return self._pieces
-
-  def finish(self) -> dict:
-    """Runs to the end; the message."""
-    for _ in self:
-      pass
-    return self.message
-
-
-class Conversation:
-  """A chat in one cache of `context` tokens: of a prompt, only what the cache does not hold is run, by the same programs each turn.
-
-  A turn that does not go on where the last one ended (its thoughts were taken out, it was left early, messages were changed)
-  is run from its start.
-  """
-
-  def __init__(self, model: Model, context: int, *, kv: str = 'exact'):
-    """Raises ValueError: more than the model's context, or no such cache."""
-    self.context = context
-    self._model, self._kv = model, kv
-    self._session, self._prompt, self._run = self._empty(), [], None
-
-  def reply(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
-            max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = ()) -> Reply:
-    """The answer, of at most `max_new_tokens` or what the context has room for. Raises ValueError: it has no room at all."""
-    ids = self._model.encode_chat(messages, tools, thinking=thinking).tolist()
-    if len(ids) >= self.context:
-      raise ValueError(f'the conversation: its {len(ids)} tokens leave no room for an answer in a context of {self.context}')
-    held = [*self._prompt, *self._run.rows[0].tokens] if self._run is not None and self._run.finished else []
-    goes_on = self._run is None or bool(held) and held == ids[:len(held)] != ids
-
-    def open_session():
-      if not goes_on:
-        self._run = self._session = None   # two caches would not always fit
-        self._session = self._empty()
-      return self._session
-
-    new = np.array(ids[len(held):] if goes_on else ids, np.int32)
-    self._run = Run(self._model, [new], open_session, kv=self._kv, max_new_tokens=min(max_new_tokens, self.context - len(ids)),
-                    sampling=sampling, seed=seed, stop_strings=stop_strings, every=1, chat=True)
-    self._prompt = ids
-    return Reply(self._run)
-
-  def _empty(self):
-    return generate.Session(self._model.cfg, self._model.params, 1, self.context, kv=self._kv)
-
-
-class _Clock:
-  """Time since it was made, and the part of it that compiling took."""
-
-  def __init__(self):
-    self._compiled, self._start = compilation.seconds(), time.perf_counter()
-
-  def read(self) -> tuple[float, float]:
-    """(seconds without compiling, seconds of it)."""
-    compiled = compilation.seconds() - self._compiled
-    return time.perf_counter() - self._start - compiled, compiled
-
-
-class _Row:
-  """Tokens of one row, and their text as far as it is certain; in a chat, that of the answer."""
-
-  def __init__(self, model: Model, stop_strings: str | Sequence[str], chat: bool):
-    self.text, self.tokens, self.logprobs, self.stopped = '', [], [], False
-    self._tokenizer, self._stop_ids, self._stop_strings = model.tokenizer, frozenset(model.stop_ids), stop_strings
-    self._chat, self._parts = chat, (pieces.Sections if chat else pieces.Plain)(model.tokenizer)
-    self._cut = pieces.StopStrings(stop_strings)
-
-  @property
-  def message(self) -> dict | None:
-    """As far as it is; None if this is no chat."""
-    if not self._chat:
-      return None
-    message = chat_format.parse([i for i in self.tokens if i < self._tokenizer.vocab_size], self._tokenizer)
-    cut = pieces.StopStrings(self._stop_strings)
-    return {**message, 'content': cut.push(message['content']) + cut.flush()}
-
-  def push(self, tokens: np.ndarray, logprobs: np.ndarray) -> list[tuple[str, str]]:
-    """The pieces that these tokens make certain; what follows a stop is dropped."""
-    new = []
-    for token, logprob in zip(tokens, logprobs):
-      if self.stopped:
-        break
-      self.tokens.append(int(token))
-      self.logprobs.append(float(logprob))
-      new += self._let(self._parts.push(int(token)))
-      if token in self._stop_ids:
-        new += self.end()
-        self.stopped = True
-    return new
-
-  def end(self) -> list[tuple[str, str]]:
-    """What was held back."""
-    if self.stopped:
-      return []
-    new = self._let(self._parts.end())
-    if not self.stopped:
-      new += self._keep('content', self._cut.flush())
-    if self._chat and (content := self.message['content']).startswith(self.text):   # calls that are not well formed are text
-      new += self._keep('content', content[len(self.text):])
-    return new
-
-  def _let(self, parts):
-    """Up to a stop string."""
-    new = []
-    for kind, piece in parts:
-      if not self.stopped:
-        new += self._keep(kind, self._cut.push(piece) if kind == 'content' else piece)
-        self.stopped = self._cut.found
-    return new
-
-  def _keep(self, kind, piece):
-    self.text += piece if kind == 'content' else ''
-    return [(kind, piece)] if piece else []
 
 
 def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], Sampling]:

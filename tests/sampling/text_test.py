@@ -12,7 +12,7 @@ from gemma4_jax.checkpoint import save
 from gemma4_jax.data import chat
 from gemma4_jax.data.tokenizer import Tokenizer
 from gemma4_jax.model import transformer
-from gemma4_jax.sampling import generate, pieces, text
+from gemma4_jax.sampling import generate, pieces, run, text
 from gemma4_jax.sampling.sampler import GREEDY, Sampling
 from tests import tiny
 
@@ -57,7 +57,7 @@ def test_pieces_of_a_stream_are_the_text():
 @pytest.mark.parametrize('last', [[], [1]], ids=['limit', 'stop id'])
 def test_an_unfinished_character_at_the_end_is_there_as_in_the_whole(last):
   tokens = [*MODEL.tokenizer.encode('a\u4e2d')[:-1].tolist(), *last]
-  row = text._Row(MODEL, (), chat=False)
+  row = run._Row(MODEL, (), chat=False)
   found = row.push(tokens, [0.0] * len(tokens)) + row.end()
   assert ''.join(piece for _, piece in found) == row.text == MODEL.tokenizer.decode(tokens) == 'a\ufffd' and row.stopped == bool(last)
 
@@ -156,12 +156,12 @@ def test_a_stop_string_ends_an_answer_before_it_and_is_not_looked_for_in_thought
   control = lambda name: tok.special_ids[name]
   thought = [control('<|channel>'), *tok.encode('thought\nSTOP it'), control('<channel|>')]
   tokens = [*thought, *tok.encode('So be it. STOP, I said'), control('<turn|>')]
-  whole = text._Row(MODEL, ['STOP'], chat=True)
+  whole = run._Row(MODEL, ['STOP'], chat=True)
   found = whole.push(tokens, [0.0] * len(tokens))
   assert whole.message == {'role': 'assistant', 'content': 'So be it. ', 'reasoning': 'STOP it'} and whole.stopped
   assert whole.text == 'So be it. ' == ''.join(piece for kind, piece in found if kind == 'content')
   assert len(whole.tokens) == len(whole.logprobs) < len(tokens)
-  piecewise = text._Row(MODEL, 'STOP', chat=True)
+  piecewise = run._Row(MODEL, 'STOP', chat=True)
   assert [piece for token in tokens for piece in piecewise.push([token], [0.0])] == found
 
 
