@@ -204,8 +204,8 @@ def _described(name, model):
   host = [part['host'].nbytes for part in params.get('arm', {}).values() if 'host' in part]
   weights = 'int8' if 'quant' in model.params else cfg.param_dtype
   ple = f', PLE table {cfg.ple_placement} {cfg.ple_table}' if cfg.has_ple_table else ''
-  return (f'{name}: {cfg.num_layers} layers of width {cfg.width}, {cfg.dtype}, {nbytes:,} bytes of {weights} weights on the {jax.default_backend()}'
-          f'{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
+  return (f'{name}: {cfg.num_layers} layers of width {cfg.width}, {cfg.dtype}, {nbytes:,} bytes of {weights} weights '
+          f'on the {jax.default_backend()}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
 
 
 def _told(stats, cfg) -> str:

@@ -10,8 +10,8 @@ such a model, or saved of it, needs no other model.
 from collections.abc import Mapping
 
 import jax
-import rich.console
 from rich import progress as rich_progress
+import rich.console
 
 from gemma4_jax.config import WEIGHTS, ModelConfig, nearest
 from gemma4_jax.turboquant import weights

@@ -84,8 +84,8 @@ def test_experts_that_nobody_chose_get_no_gradient():
   params['router_scale'][:] = 1
   router_in = np.ones((1, 2, D), np.float32)
   params['router']['w'][[2, 5]] = 1   # these two win for every token
-  grads = jax.grad(lambda p: moe.MoE(CFG.replace(moe_implementation='ragged')).apply({'params': p}, router_in, inputs()[1][:1, :2])[0].sum())(
-      params)
+  model = moe.MoE(CFG.replace(moe_implementation='ragged'))
+  grads = jax.grad(lambda p: model.apply({'params': p}, router_in, inputs()[1][:1, :2])[0].sum())(params)
   used = [bool(np.abs(grads['down'][e]).max() > 0) for e in range(E)]
   assert used == [e in (2, 5) for e in range(E)]
 

@@ -25,7 +25,8 @@ def decoded(variables):
   return merge(variables['params'], whole)
 
 
-@pytest.mark.parametrize('cfg', [CFG, config.shrink(config.B12, pattern='LG'), CFG.replace(tied_embeddings=False)], ids=['e2b', '12b', 'untied'])
+@pytest.mark.parametrize('cfg', [CFG, config.shrink(config.B12, pattern='LG'), CFG.replace(tied_embeddings=False)],
+                         ids=['e2b', '12b', 'untied'])
 def test_the_model_of_quantized_weights_is_that_of_the_weights_they_decode_to(cfg):
   params = transformer.init(cfg, 0)
   variables = quantized.quantize(cfg, params, 'int8')
