@@ -23,7 +23,8 @@ setuptools.setup(
     ],
     extras_require={
         'test': [   # and torch, for live parity
-            'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist'],
+            'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist',
+            'nbclient', 'ipykernel'],
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'chat': ['jinja2'],                             # chat templates that checkpoints carry
