@@ -14,6 +14,7 @@ from gemma4_jax.checkpoint import google, hf, orbax, shards, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import transformer
 
+_ALIGNMENT = 64   # bytes, of buffers that XLA takes on a CPU
 _MODEL_TYPES = ('gemma4', 'gemma4_text', 'gemma4_unified', 'gemma4_unified_text')
 
 
@@ -102,10 +103,19 @@ def unflatten(flat: dict) -> dict:
 
 
 def _place(weight, dtype, where):
-  # always a copy: on a CPU, JAX may keep the buffer it is given, and a memory-mapped one changes when its file does
   if where is None:
-    return jax.device_put(np.array(weight, dtype, order='C'))
-  return jax.make_array_from_callback(weight.shape, where, lambda index: np.array(weight[index], dtype, order='C'))
+    return jax.device_put(_copied(weight, dtype))
+  return jax.make_array_from_callback(weight.shape, where, lambda index: _copied(weight[index], dtype))
+
+
+def _copied(weight, dtype):
+  """In C order, and at an address that lets JAX keep the buffer on a CPU instead of copying it once more. Never the weight itself: a
+  memory-mapped one changes when its file does."""
+  room = np.empty(weight.size * dtype.itemsize + _ALIGNMENT, np.uint8)
+  begin = -room.ctypes.data % _ALIGNMENT
+  copy = room[begin:begin + weight.size * dtype.itemsize].view(dtype).reshape(weight.shape)
+  copy[...] = weight
+  return copy
 
 
 def _stored_dtypes(found: source.Source) -> source.Source:

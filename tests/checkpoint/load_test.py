@@ -458,3 +458,9 @@ def test_a_damaged_export_is_refused_in_one_line(tmp_path, damage, message):
   with pytest.raises(ValueError, match=message) as error:
     load.load(tmp_path / 'in')
   one_line(error)
+
+
+def test_a_weight_is_copied_once_on_its_way_to_a_cpu():
+  copy = load._copied(np.arange(6, dtype=np.float16).reshape(2, 3).T, np.dtype('float32'))
+  np.testing.assert_array_equal(copy, [[0, 3], [1, 4], [2, 5]])
+  assert copy.flags.c_contiguous and jax.device_put(copy).unsafe_buffer_pointer() == copy.ctypes.data
