@@ -26,6 +26,7 @@ setuptools.setup(
             'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist',
             'nbclient', 'ipykernel'],
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
+        'llama_cpp': ['llama-cpp-python', 'gguf', 'sentencepiece', 'torch', 'transformers>=5.23'],   # ... --peer=llama_cpp
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'chat': ['jinja2'],                             # chat templates that checkpoints carry
         'tensorboard': ['tensorboardX'],

@@ -3,10 +3,15 @@ r"""Speed against the machine's limit and against a peer, as JSON.
   python -m experiments.speed train --size=mini --peer=hf     # a training step: float32, AdamW, ours and transformers
   python -m experiments.speed decode --size=mini --dtype=bfloat16 --batch=8 --peer=hf
   python -m experiments.speed prefill --size=mini --peer=hf   # greedy, random weights, prompts of 512 tokens
+  python -m experiments.speed decode --size=mini --peer=llama_cpp --convert=llama.cpp/convert_hf_to_gguf.py
+  python -m experiments.speed load --size=e2b --dtype=bfloat16   # a process, from its start to the first token
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
 over that peak: medians over rounds of medians over steps. Of decoding, `share_of_limit` says of what in `limit`.
+
+llama.cpp reads the same random weights from a GGUF file: f32, bf16 or, beside --weights=int8, q8_0. `load` reads a checkpoint
+(--checkpoint, or one of random weights that it writes first) and gives every round, as the first may compile.
 """
 
 import argparse
@@ -14,12 +19,14 @@ import concurrent.futures
 import json
 import multiprocessing
 import os
+from pathlib import Path
 import statistics
 import sys
+import tempfile
 import time
 
 from configs import base
-from experiments import speed_sampling
+from experiments import llama_cpp_peer, speed_sampling
 from gemma4_jax import hardware, provenance, size
 from gemma4_jax.config import WEIGHTS
 
@@ -120,9 +127,12 @@ def _alone(function, *args) -> dict:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('what', choices=['train', 'decode', 'prefill'])
+  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load'])
   parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
-  parser.add_argument('--peer', choices=['hf'], help='measure transformers beside us')
+  parser.add_argument('--peer', choices=['hf', 'llama_cpp'], help='measure transformers or llama.cpp beside us')
+  parser.add_argument('--convert', default='', metavar='FILE', help="--peer=llama_cpp: llama.cpp's convert_hf_to_gguf.py")
+  parser.add_argument('--gguf', default='', metavar='FILE', help='--peer=llama_cpp: written if it is not there, and kept')
+  parser.add_argument('--checkpoint', default='', metavar='DIR', help='load: any with a tokenizer.json')
   parser.add_argument('--steps', type=int, default=3, help='timed steps a round, after one that is not')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--scan', action='store_true', help='train: blocks as a scan over periods')
@@ -132,28 +142,64 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
     parser.error('--steps and --rounds are at least 1')
+  if args.peer and (args.what == 'load' or (args.what, args.peer) == ('train', 'llama_cpp')):
+    parser.error(f'--peer={args.peer}: does not {args.what} here')
   os.environ.update(hardware.cpu_environment())   # of the processes to come: ours and the peer's
+  with tempfile.TemporaryDirectory() as scratch:
+    print(json.dumps(_loads(args, Path(scratch)) if args.what == 'load' else _beside(args, Path(scratch)), indent=2))
+
+
+def _beside(args, scratch: Path) -> dict:
+  """Ours and the peer's, in turn."""
   if args.what == 'train':
-    runs = {'ours': _ours} | ({'hf': _hf} if args.peer else {})
     call, shape = (args.size, args.steps, args.scan), {'batch': BATCH, 'length': LENGTH}
+    runs = {'ours': (_ours, *call), 'hf': (_hf, *call)}
     shape['training_flops_per_step'] = size.training_flops(base.models()[args.size], LENGTH) * BATCH * LENGTH
   else:
-    runs = {'ours': speed_sampling.ours} | ({'hf': speed_sampling.hf} if args.peer else {})
-    call, shape = (args.size, args.what, args.dtype, args.batch, args.steps, args.weights), {
-        'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype, 'weights': args.weights}
+    call = (args.size, args.what, args.dtype, args.batch, args.steps, args.weights)
+    runs = {'ours': (speed_sampling.ours, *call), 'hf': (speed_sampling.hf, *call)}
+    if args.peer == 'llama_cpp':
+      runs['llama_cpp'] = (llama_cpp_peer.measure, args.size, args.what, args.batch, args.steps, _gguf(args, scratch))
+    shape = {'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype, 'weights': args.weights}
   head = _alone(provenance.result)
-  found = {name: [] for name in runs}
+  found = {name: [] for name in runs if name in ('ours', args.peer)}
   for _ in range(args.rounds):
-    for name, function in runs.items():
-      found[name].append(_alone(function, *call))
+    for name, rounds in found.items():
+      rounds.append(_alone(*runs[name]))
   out = {'what': args.what, 'size': args.size, **shape, 'parameters': size.total(base.models()[args.size]),
          **head, 'environment': hardware.environment(),
          **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(value, (int, float)) else value
                    for key, value in rounds[0].items()} for name, rounds in found.items()}}
   if args.peer:
-    ratios = [ours['tokens_per_s'] / hf['tokens_per_s'] for ours, hf in zip(found['ours'], found['hf'])]
-    out['times_as_fast_as_hf'] = statistics.median(ratios)
-  print(json.dumps(out, indent=2))
+    ratios = [ours['tokens_per_s'] / peer['tokens_per_s'] for ours, peer in zip(found['ours'], found[args.peer])]
+    out[f'times_as_fast_as_{args.peer}'] = statistics.median(ratios)
+  return out
+
+
+def _gguf(args, scratch: Path) -> str:
+  """The file that llama.cpp is to read."""
+  outtype = llama_cpp_peer.OUTTYPES.get((args.dtype, args.weights))
+  file = args.gguf or str(scratch / f'{args.size}-{outtype}.gguf')
+  llama_cpp_peer.library()
+  if not os.path.exists(file):
+    llama_cpp_peer.check(args.convert, outtype)
+    _alone(llama_cpp_peer.write_gguf, args.size, args.dtype, outtype, args.convert, file)
+  return file
+
+
+def _loads(args, scratch: Path) -> dict:
+  """Of each round: seconds from the start of a process to its first token, and what they went into."""
+  folder = args.checkpoint or str(scratch / 'checkpoint')
+  if not args.checkpoint:
+    _alone(speed_sampling.write_random, args.size, args.dtype, folder)
+  head, rounds = _alone(provenance.result), []
+  for _ in range(args.rounds):
+    begin = time.perf_counter()
+    found = _alone(speed_sampling.first_token, folder, args.weights)
+    rounds.append({'seconds': time.perf_counter() - begin, **found})
+  return {'what': 'load', 'size': None if args.checkpoint else args.size,
+          'checkpoint_bytes': sum(file.stat().st_size for file in Path(folder).glob('*')), 'weights': args.weights,
+          **head, 'environment': hardware.environment(), 'rounds': rounds}
 
 
 if __name__ == '__main__':

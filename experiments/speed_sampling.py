@@ -1,5 +1,6 @@
-"""What `experiments.speed` measures of sampling: greedy decoding and prefill, ours and the peer's, each in a process of its own."""
+"""What `experiments.speed` measures of sampling: greedy decoding, prefill and loading, ours and a peer's, each in a process of its own."""
 
+from statistics import median
 import sys
 import time
 
@@ -21,12 +22,12 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
     params = quantized.quantize(cfg, params, weights, consume=True)
   jax.block_until_ready(params)
   init_seconds = time.perf_counter() - begin
-  ids = _ids(cfg, batch)
+  prompt_BT = ids(cfg, batch)
   prefill, decode = [], []
   for _ in range(repeats + 1):   # the first compiles
     session = generate.Session(cfg, params, batch, PROMPT + NEW)
     begin = time.perf_counter()
-    session.append(ids)
+    session.append(prompt_BT)
     session.wait()
     prefill.append(time.perf_counter() - begin)
     if what == 'prefill' and len(prefill) > 1:
@@ -38,13 +39,14 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
   read = None if weights == 'as_is' else sum(leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params)
                                              if 'lookup' not in jax.tree_util.keystr(path))
   step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch, read)
-  result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'path': f'{cfg.matvec} matvec, weights {dtype if weights == "as_is" else weights}',
+  result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind,
+            'path': f'{cfg.matvec} matvec, weights {dtype if weights == "as_is" else weights}',
             'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
             'peak_memory_bytes': hardware.peak_memory_bytes()}
   if what == 'prefill':
-    return result | {'tokens_per_s': batch * PROMPT / _median(prefill[1:]), 'matmul_peak_flops': hardware.measure_matmul(dtype=dtype)}
+    return result | {'tokens_per_s': batch * PROMPT / median(prefill[1:]), 'matmul_peak_flops': hardware.measure_matmul(dtype=dtype)}
   bandwidth = hardware.measure_bandwidth()
-  seconds = _median(decode[1:]) / (NEW - 1)
+  seconds = median(decode[1:]) / (NEW - 1)
   return result | {'tokens_per_s': batch / seconds, 'bytes_per_step': step_bytes, 'bandwidth': bandwidth,
                    'share_of_limit': step_bytes / seconds / bandwidth,
                    'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
@@ -65,31 +67,54 @@ def hf(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str)
   torch.set_default_dtype(getattr(torch, dtype))
   fields = {**names.config_to_hf(cfg), 'attn_implementation': 'sdpa'}
   model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields)).to(device).eval()
-  ids = torch.tensor(_ids(cfg, batch), dtype=torch.long, device=device)
-  settings = dict(attention_mask=torch.ones_like(ids), do_sample=False, eos_token_id=None, pad_token_id=0)
+  prompt_BT = torch.tensor(ids(cfg, batch), dtype=torch.long, device=device)
+  settings = dict(attention_mask=torch.ones_like(prompt_BT), do_sample=False, eos_token_id=None, pad_token_id=0)
 
   def run(new):
     begin = time.perf_counter()
     with torch.inference_mode():
-      out = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **settings)
+      out = model.generate(prompt_BT, max_new_tokens=new, min_new_tokens=new, **settings)
     assert out.shape == (batch, PROMPT + new)
     return time.perf_counter() - begin
 
   run(2)
-  prefill = _median([run(1) for _ in range(repeats)])
+  prefill = median([run(1) for _ in range(repeats)])
   result = {'library': f'torch {torch.__version__}, transformers {transformers.__version__}', 'device': device,
             'path': model.config._attn_implementation, 'peak_memory_bytes': hardware.peak_process_bytes()}
   if what == 'prefill':
     return result | {'tokens_per_s': batch * PROMPT / prefill}
-  seconds = (_median([run(NEW) for _ in range(repeats)]) - prefill) / (NEW - 1)
+  seconds = (median([run(NEW) for _ in range(repeats)]) - prefill) / (NEW - 1)
   return result | {'tokens_per_s': batch / seconds}
 
 
-def _ids(cfg, batch):
+def ids(cfg, batch: int):
+  """The prompts, int32 [B, T]."""
   import numpy as np
   return np.random.default_rng(0).integers(3, cfg.vocab_size, (batch, PROMPT)).astype(np.int32)
 
 
-def _median(values):
-  import statistics
-  return statistics.median(values)
+def write_random(name: str, dtype: str, folder: str) -> None:
+  """A checkpoint as transformers reads it: random weights of a model of configs/base.py and a stand-in for its tokenizer."""
+  from pathlib import Path
+
+  from configs import base
+  from gemma4_jax.checkpoint import save
+  from gemma4_jax.data.tokenizer import Tokenizer
+  from gemma4_jax.model import transformer
+  cfg = base.models()[name].replace(dtype=dtype, param_dtype=dtype)
+  save.save_hf(cfg, transformer.init(cfg, 0), folder)
+  (Path(folder) / 'tokenizer.json').write_text(Tokenizer.stand_in(vocab_size=cfg.vocab_size).serialized, encoding='utf-8')
+
+
+def first_token(folder: str, weights: str) -> dict:
+  """Loads a checkpoint and answers a short prompt with one token."""
+  from gemma4_jax import compilation, hardware
+  from gemma4_jax.sampling import text
+  compilation.keep()
+  begin = time.perf_counter()
+  model = text.load(folder, weights=weights)
+  loaded = time.perf_counter()
+  run = model.start([model.encode('The sea is')], max_new_tokens=1)
+  run.finish()
+  return {'load_seconds': loaded - begin, 'first_token_seconds': time.perf_counter() - loaded, 'compile_seconds': run.stats.compile_seconds,
+          'peak_memory_bytes': hardware.peak_memory_bytes()}

@@ -135,7 +135,7 @@ def load_model(args: argparse.Namespace):
   from gemma4_jax import compilation, config
   from gemma4_jax.sampling import generate, pieces, text
   from gemma4_jax.sampling.sampler import Sampling
-  Sampling(**_given(args)).check(2**31)
+  Sampling(**_given(args)).check()
   if args.max_new_tokens < 1 or not 0 <= args.seed < 2**32:
     raise ValueError(f'--max_new_tokens={args.max_new_tokens}, --seed={args.seed}: at least 1, and from 0 to 2**32 - 1')
   pieces.StopStrings(args.stop)

@@ -32,22 +32,24 @@ class Sampling:
   repetition_penalty: float = 1.0
   suppress_tokens: tuple[int, ...] = ()
 
-  def check(self, vocab_size: int) -> None:
-    """Raises ValueError naming the setting."""
+  def check(self, vocab_size: int | None = None) -> None:
+    """Raises ValueError naming the setting. Args: vocab_size: None: not known yet, and what it limits is for later."""
+    last = 'the last' if vocab_size is None else vocab_size - 1
+    size = math.inf if vocab_size is None else vocab_size
     def require(holds: bool, name: str, why: str):
       if not holds:
         raise ValueError(f'{name}: {getattr(self, name)!r} {why}')
     for name in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
       require(math.isfinite(getattr(self, name)), name, 'is no number')
     require(self.temperature >= 0, 'temperature', 'is negative; 0 is greedy')
-    require(0 <= self.top_k <= vocab_size and self.top_k == int(self.top_k), 'top_k',
-            f'is no whole number between 0 (all) and the vocabulary, {vocab_size}')
+    require(0 <= self.top_k <= size and self.top_k == int(self.top_k), 'top_k',
+            f"is no whole number from 0 (all) to the vocabulary's size{'' if vocab_size is None else f', {vocab_size}'}")
     require(0 < self.top_p <= 1, 'top_p', 'is not above 0 and at most 1')
     require(0 <= self.min_p <= 1, 'min_p', 'is not between 0 and 1')
     require(self.repetition_penalty > 0, 'repetition_penalty', 'is not positive')
-    require(all(isinstance(i, int | np.integer) and 0 <= i < vocab_size for i in self.suppress_tokens), 'suppress_tokens',
-            f'holds what is no id of the vocabulary, 0 to {vocab_size - 1}')
-    require(len(set(self.suppress_tokens)) < vocab_size, 'suppress_tokens', 'leaves no token to choose')
+    require(all(isinstance(i, int | np.integer) and 0 <= i < size for i in self.suppress_tokens), 'suppress_tokens',
+            f'holds what is no id of the vocabulary, 0 to {last}')
+    require(len(set(self.suppress_tokens)) < size, 'suppress_tokens', 'leaves no token to choose')
 
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0)

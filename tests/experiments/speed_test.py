@@ -1,0 +1,58 @@
+"""What `experiments.speed` refuses, and the parts of it that no clock is needed for."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from configs import base
+from experiments import llama_cpp_peer, speed, speed_sampling
+from gemma4_jax.checkpoint import load
+from tests import tiny
+
+CONVERT = os.environ.get('LLAMA_CPP_CONVERT', '')   # the path of llama.cpp's convert_hf_to_gguf.py
+
+
+@pytest.mark.parametrize('flags, said', [
+    (['train', '--peer=llama_cpp'], '--peer=llama_cpp: does not train here'),
+    (['load', '--peer=hf'], '--peer=hf: does not load here'),
+    (['decode', '--rounds=0'], '--steps and --rounds are at least 1')])
+def test_what_cannot_be_measured_is_said_before_anything_runs(flags, said, capsys):
+  with pytest.raises(SystemExit):
+    speed.main(flags)
+  assert said in capsys.readouterr().err
+
+
+def test_a_missing_peer_names_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'llama_cpp', None)
+  with pytest.raises(SystemExit, match=r"gemma4_jax\[llama_cpp\]"):
+    speed.main(['decode', '--size=e2b-toy', '--peer=llama_cpp'])
+
+
+@pytest.mark.parametrize('script, outtype, said', [('', 'f32', '--convert: not given'), ('no/such.py', 'f32', 'no/such.py'),
+                                                   (__file__, None, 'writes bf16, f32, q8_0 only')])
+def test_the_script_and_the_weights_it_can_write_are_checked(script, outtype, said):
+  with pytest.raises(SystemExit, match=said):
+    llama_cpp_peer.check(script, outtype)
+
+
+def test_random_checkpoints_are_whole_and_of_the_dtype_asked_for(tmp_path):
+  speed_sampling.write_random('e2b-toy', 'bfloat16', str(tmp_path / 'a'))
+  found = load.find(tmp_path / 'a')
+  assert found.cfg.param_dtype == 'bfloat16' and found.cfg.num_layers == base.models()['e2b-toy'].num_layers
+  assert (tmp_path / 'a' / 'tokenizer.json').exists()
+
+
+def test_the_first_token_of_a_checkpoint_comes_with_what_it_took(tmp_path):
+  found = speed_sampling.first_token(str(tiny.write(tmp_path / 'a')), 'as_is')
+  assert found['load_seconds'] > 0 and found['first_token_seconds'] > found['compile_seconds'] >= 0
+
+
+@pytest.mark.skipif(not CONVERT, reason="LLAMA_CPP_CONVERT does not name llama.cpp's convert_hf_to_gguf.py")
+@pytest.mark.parametrize('name, over_tokens', [('e2b-toy', 'largest_difference'), ('26b-a4b-toy', 'median_difference')])
+def test_llama_cpp_gives_the_logits_of_the_same_weights(name, over_tokens):
+  pytest.importorskip('llama_cpp')
+  found = llama_cpp_peer.compare(name, CONVERT, 96)
+  assert found['tokens'] > found['window']
+  assert np.isfinite(found['largest_logit']) and found['float16_gelu'][over_tokens] < 0.02   # beside values of up to 5
