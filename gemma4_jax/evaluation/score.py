@@ -1,5 +1,6 @@
 """What a model says of every token of a document: its log-probability, and how far it is from another model's."""
 
+from collections.abc import Sequence
 from functools import partial
 import math
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma4_jax.config import ModelConfig
-from gemma4_jax.model import transformer
+from gemma4_jax.model import kv_cache, transformer
 from gemma4_jax.model.intervention import Intervention
 
-_CHUNK = 128   # tokens whose logits exist at once
+_CHUNK = 128     # tokens whose logits exist at once
+_PREFILL = 1024  # tokens of a context that run at once
 
 
 @partial(jax.jit, static_argnums=0)
@@ -47,6 +49,92 @@ def logits(cfg: ModelConfig, params: dict, ids_BT: jax.Array, seg_BT: jax.Array,
   return transformer.Transformer(cfg).apply({'params': params}, ids_BT, None, seg_BT, intervention=intervention)[0]
 
 
+def continuations(cfg: ModelConfig, params: dict, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 8192,
+                  ) -> list[tuple[np.ndarray, bool]]:
+  """Of every (context, continuation) of token ids: log p of the continuation's tokens, float32 [n], and whether they are, one after
+  the other, the likeliest.
+
+  A context that several requests share runs once: its cache is copied for each of their continuations. Lengths are rounded up to
+  powers of two, one program each; a row's numbers do not depend on its batch.
+
+  Args:
+    params: the canonical tree, or variables of `model.quantized`.
+    requests: BOS is the caller's.
+    batch_tokens: about so many tokens of contexts and continuations are in a batch.
+  Raises:
+    ValueError: an empty context or continuation, or more tokens than the model's context.
+  """
+  by_context = {}
+  for i, (context, continuation) in enumerate(requests):
+    if not len(context) or not len(continuation):
+      raise ValueError(f'request {i}: {len(context)} tokens of context, {len(continuation)} of continuation; give at least one of each')
+    if len(context) + len(continuation) > cfg.context_length:
+      raise ValueError(f'request {i}: {len(context) + len(continuation)} tokens are more than model.context_length = {cfg.context_length}')
+    by_context.setdefault(tuple(context), []).append(i)
+  buckets = {}   # (length of contexts, of continuations) -> contexts
+  for context, mine in by_context.items():
+    shape = _power_of_two(len(context)), _power_of_two(1 + max(len(requests[i][1]) for i in mine))
+    buckets.setdefault(shape, []).append(context)
+  found = [None] * len(requests)
+  for (S, T), contexts in sorted(buckets.items(), reverse=True):   # the largest first: what does not fit fails at once
+    rows = max(1, batch_tokens // (S + T))
+    for batch in _batches(contexts, [len(by_context[context]) for context in contexts], rows):
+      _score_batch(cfg, params, requests, {context: by_context[context] for context in batch}, S, T, found)
+  return found
+
+
+def _batches(contexts, counts, rows):
+  """Lists of contexts with at most `rows` continuations together, or one context that has more."""
+  batch, size = [], 0
+  for context, count in zip(contexts, counts):
+    if batch and size + count > rows:
+      yield batch
+      batch, size = [], 0
+    batch, size = [*batch, context], size + count
+  yield batch
+
+
+def _score_batch(cfg, params, requests, by_context, S, T, found):
+  """Fills in `found` for the requests of some contexts. The cache holds all of a context but its last token, which predicts."""
+  B, owners = _power_of_two(len(by_context), 1), [(row, i) for row, mine in enumerate(by_context.values()) for i in mine]
+  ids_BS, seg_BS = np.zeros((2, B, S), np.int32)
+  for row, context in enumerate(by_context):
+    ids_BS[row, :len(context) - 1], seg_BS[row, :len(context) - 1] = context[:-1], 1
+  cache = kv_cache.make(cfg, B, S + T)
+  for start in range(0, S, _PREFILL):
+    cache = _fill(cfg, params, cache, ids_BS[:, start:start + _PREFILL], seg_BS[:, start:start + _PREFILL])
+  rows = _power_of_two(len(owners), 1)
+  ids_RT, seg_RT = np.zeros((2, rows, T), np.int32)
+  for r, (_, i) in enumerate(owners):
+    context, continuation = requests[i]
+    ids_RT[r, :1 + len(continuation)], seg_RT[r, :1 + len(continuation)] = [context[-1], *continuation], 1
+  row_R = np.array([row for row, _ in owners] + [0] * (rows - len(owners)), np.int32)
+  nll_RT, best_RT = np.asarray(_continue(cfg, params, cache, row_R, ids_RT, seg_RT))
+  for r, (_, i) in enumerate(owners):
+    n = len(requests[i][1])
+    found[i] = -nll_RT[r, :n], bool(best_RT[r, :n].all())
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _fill(cfg, params, cache, ids_BT, seg_BT):
+  return transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, cache=cache, head=False)[1]['cache']
+
+
+@partial(jax.jit, static_argnums=0)
+def _continue(cfg, params, cache, row_R, ids_RT, seg_RT):
+  """[2, R, T]: -log p of token t + 1 at place t, and whether it is the likeliest; row r goes on from row row_R[r] of the cache."""
+  def chunk(logits_CV, next_C):
+    return jnp.stack([jax.nn.logsumexp(logits_CV, axis=-1) - _pick(logits_CV, next_C), (logits_CV.argmax(-1) == next_C).astype(jnp.float32)])
+  cache = jax.tree.map(lambda x: x[row_R], cache)
+  x_RTD, _ = transformer.Transformer(cfg).apply(transformer.variables(params), ids_RT, None, seg_RT, cache=cache, head=False)
+  return _by_chunk(chunk, ids_RT, (cfg, params, x_RTD))
+
+
+def _power_of_two(n: int, least: int = 16) -> int:
+  """The least one that is not less than n."""
+  return max(least, 1 << (n - 1).bit_length())
+
+
 def summary(nats: float, tokens: int, size: int) -> dict[str, float]:
   """The three ways to tell a loss. Args: nats: a sum over `tokens`, which stand for `size` bytes of text."""
   found = {'nats_per_token': nats / tokens, 'perplexity': float(np.exp(nats / tokens))}
@@ -61,7 +149,7 @@ def _by_chunk(function, ids_BT, *models):
   """`function` of a chunk's logits under each model (config, parameters, last stream) and its next ids; [..., B, T]."""
   size = min(ids_BT.shape[1], _CHUNK)
   split = lambda x: x.reshape(-1, size, *x.shape[2:])
-  heads = [partial(transformer.Transformer(cfg).apply, {'params': params}, method='head') for cfg, params, _ in models]
+  heads = [partial(transformer.Transformer(cfg).apply, transformer.variables(params), method='head') for cfg, params, _ in models]
   found = jax.lax.map(lambda args: function(*(head(x_CD) for head, x_CD in zip(heads, args[0])), args[1]),
                       ([split(x_BTD) for _, _, x_BTD in models], split(jnp.roll(ids_BT, -1, axis=1))))   # [chunks, ..., C]
   return jnp.moveaxis(found, 0, -2).reshape(*found.shape[1:-1], *ids_BT.shape)

@@ -43,3 +43,28 @@ def test_a_summary_tells_one_loss_three_ways():
   found = score.summary(nats=20.0, tokens=10, size=40)
   assert found == {'nats_per_token': 2.0, 'perplexity': pytest.approx(np.exp(2)), 'bits_per_byte': pytest.approx(0.5 / np.log(2))}
   assert 'bits_per_byte' not in score.summary(1.0, 1, 0)
+
+
+def test_continuations_score_as_the_whole_text_does_whatever_their_batch_and_share_their_context():
+  rng = np.random.default_rng(0)
+  draw = lambda n: rng.integers(3, CFG.vocab_size, n).tolist()
+  shared, other, bos = [2, *draw(20)], [2, *draw(5)], [2]
+  likeliest = int(score.logits(CFG, PARAMS, np.array([other]), np.ones((1, 6), np.int32))[0, -1].argmax())
+  requests = [(shared, draw(3)), (other, draw(9)), (shared, draw(1)), (bos, draw(20)), (other, [likeliest]), (shared, draw(40))]
+  found = score.continuations(CFG, PARAMS, requests)
+  for (context, continuation), (scores, greedy) in zip(requests, found):
+    ids = np.array([context + continuation])
+    expected = np.asarray(jax.nn.log_softmax(score.logits(CFG, PARAMS, ids, np.ones_like(ids))))[0, len(context) - 1:-1]
+    np.testing.assert_allclose(scores, expected[np.arange(len(continuation)), continuation], atol=1e-4)
+    assert greedy == bool((expected.argmax(-1) == continuation).all())
+  assert found[4][1] and not found[0][1]
+  for (scores, greedy), (alone, alone_greedy) in zip(found, score.continuations(CFG, PARAMS, requests, batch_tokens=1)):
+    np.testing.assert_allclose(scores, alone, atol=1e-4)
+    assert greedy == alone_greedy
+
+
+@pytest.mark.parametrize('request_, said', [(([], [3]), '0 tokens of context'), (([2], []), '0 of continuation'),
+                                            (([2] * 200, [3] * 57), '257 tokens are more than model.context_length = 256')])
+def test_continuations_that_cannot_be_are_refused(request_, said):
+  with pytest.raises(ValueError, match=said):
+    score.continuations(CFG, PARAMS, [request_])
