@@ -1,13 +1,22 @@
-"""Programs that tests run once or twice: half of XLA's time would go into optimising what is never repeated."""
+"""What keeps the tests short: programs that are not optimised, and more of the same marked `slow`."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from gemma4_jax.model import transformer
 
+# For programs that run once or twice: half of XLA's time would go into optimising what is never repeated.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def only(kept, values):
+  """Parameters of a test: of `values` those in `kept`, and the others marked `slow`: more of the same, which `-m slow` runs."""
+  assert all(value in values for value in kept), (kept, values)
+  params = [value if isinstance(value, tuple) else (value,) for value in values]
+  return [pytest.param(*param, marks=[] if value in kept else pytest.mark.slow) for value, param in zip(values, params)]
 
 
 @functools.partial(jit, static_argnums=0)

@@ -15,13 +15,15 @@ from gemma4_jax.model import attention, embeddings, layers, moe, transformer
 from tests import hf_models, quick
 
 CONFIGS = hf_models.configs()
+TINY = ('dense_ple_kvshare', 'mqa_ple_kvshare', 'large_kv', 'moe')   # every feature; the shrunk variants are slow
 SUBLAYER_TOLERANCE = 1e-5   # largest difference over largest value
 LOGIT_TOLERANCE = 5e-4      # absolute
 GRADIENT_TOLERANCE = 1e-3   # norm of the difference over norm, per weight
 
 
 def having(feature):
-  return pytest.mark.parametrize('case', [name for name, cfg in CONFIGS.items() if feature(cfg)], indirect=True)
+  return pytest.mark.parametrize('case', quick.only(
+      [name for name in TINY if feature(CONFIGS[name])], [name for name, cfg in CONFIGS.items() if feature(cfg)]), indirect=True)
 
 
 class Case:
