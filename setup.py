@@ -24,11 +24,12 @@ setuptools.setup(
     extras_require={
         'test': [   # and torch, for live parity
             'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist',
-            'nbclient', 'ipykernel'],
+            'nbclient', 'ipykernel', 'lm_eval[hf]>=0.4.13'],
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
         'llama_cpp': ['llama-cpp-python', 'gguf', 'sentencepiece', 'torch', 'transformers>=5.23'],   # ... --peer=llama_cpp
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'chat': ['jinja2'],                             # chat templates that checkpoints carry
+        'lm_eval': ['lm_eval>=0.4.13'],                 # cli.evaluate --task=lm_eval:NAME
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
         'cuda': ['jax[cuda13]'],

@@ -68,8 +68,8 @@ def continuations(cfg: ModelConfig, params: dict, requests: Sequence[tuple[Seque
   for i, (context, continuation) in enumerate(requests):
     if not len(context) or not len(continuation):
       raise ValueError(f'request {i}: {len(context)} tokens of context, {len(continuation)} of continuation; give at least one of each')
-    if len(context) + len(continuation) > cfg.context_length:
-      raise ValueError(f'request {i}: {len(context) + len(continuation)} tokens are more than model.context_length = {cfg.context_length}')
+    if (needed := len(context) + len(continuation) - 1) > cfg.context_length:   # the last is predicted, and predicts nothing
+      raise ValueError(f'request {i}: {needed} tokens are more than model.context_length = {cfg.context_length}')
     by_context.setdefault(tuple(context), []).append(i)
   buckets = {}   # (length of contexts, of continuations) -> contexts
   for context, mine in by_context.items():
@@ -124,7 +124,8 @@ def _fill(cfg, params, cache, ids_BT, seg_BT):
 def _continue(cfg, params, cache, row_R, ids_RT, seg_RT):
   """[2, R, T]: -log p of token t + 1 at place t, and whether it is the likeliest; row r goes on from row row_R[r] of the cache."""
   def chunk(logits_CV, next_C):
-    return jnp.stack([jax.nn.logsumexp(logits_CV, axis=-1) - _pick(logits_CV, next_C), (logits_CV.argmax(-1) == next_C).astype(jnp.float32)])
+    nll_C = jax.nn.logsumexp(logits_CV, axis=-1) - _pick(logits_CV, next_C)
+    return jnp.stack([nll_C, (logits_CV.argmax(-1) == next_C).astype(jnp.float32)])
   cache = jax.tree.map(lambda x: x[row_R], cache)
   x_RTD, _ = transformer.Transformer(cfg).apply(transformer.variables(params), ids_RT, None, seg_RT, cache=cache, head=False)
   return _by_chunk(chunk, ids_RT, (cfg, params, x_RTD))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -101,7 +102,9 @@ def test_a_reference_gives_the_divergence_and_no_perplexity_of_raw_text_to_what_
     (['--window=512'], '--window=512 is more than model.context_length = 256'),
     (['--data=HOME/*.none'], 'matches no file'), (['--data=validation'], 'is no folder of a run'), (['--max_documents=-1'], 'is negative'),
     (['--reference=HOME/nowhere'], 'nowhere: no such directory'), (['--reference=HOME/another_tokenizer'], 'has another tokenizer'),
-    (['--out=HOME/no/out.json'], 'no such directory'), (['--task=glue'], "invalid choice: 'glue'"),
+    (['--out=HOME/no/out.json'], 'no such directory'), (['--task=glue'], '--task=glue: give one of perplexity'),
+    (['--task=lm_eval'], '--task=lm_eval: give one of'),
+    (['--task=associative'], '--data: --task=associative has none'), (['--task=needle', '--trials=0'], '--trials=0'),
     (['--widow=3'], 'unrecognized arguments'),
     (['--reply_only'], 'no conversation'), (['--checkpoint=HOME/nowhere'], 'no such directory')], ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_one_line(home, flags, said):
@@ -110,3 +113,18 @@ def test_what_is_wrong_is_one_line(home, flags, said):
   with pytest.raises(SystemExit) as stop:
     run(home, *(flag.replace('HOME', str(home)) for flag in flags), data=data)
   assert said in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')
+
+
+def test_recall_is_measured_against_its_chance(home, capsys):
+  evaluate.main([f'--checkpoint={home / "base"}', '--task=associative', '--lengths=4,8', '--trials=3'])
+  said = capsys.readouterr().out
+  assert '4 pairs' in said and '8 pairs' in said and '0.2500' in said and '0.1250' in said and 'right: the likeliest of the answers' in said
+
+
+def test_lm_eval_that_is_not_there_is_one_line_with_its_extra(home, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'lm_eval', None)
+  monkeypatch.delitem(sys.modules, 'gemma4_jax.evaluation.harness', raising=False)
+  monkeypatch.delattr('gemma4_jax.evaluation.harness', raising=False)
+  with pytest.raises(SystemExit) as stop:
+    evaluate.main([f'--checkpoint={home / "base"}', '--task=lm_eval:arc_easy'])
+  assert "pip install 'gemma4_jax[lm_eval]'" in stop.value.code and '\n' not in stop.value.code

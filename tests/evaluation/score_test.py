@@ -64,7 +64,7 @@ def test_continuations_score_as_the_whole_text_does_whatever_their_batch_and_sha
 
 
 @pytest.mark.parametrize('request_, said', [(([], [3]), '0 tokens of context'), (([2], []), '0 of continuation'),
-                                            (([2] * 200, [3] * 57), '257 tokens are more than model.context_length = 256')])
+                                            (([2] * 200, [3] * 58), '257 tokens are more than model.context_length = 256')])
 def test_continuations_that_cannot_be_are_refused(request_, said):
   with pytest.raises(ValueError, match=said):
     score.continuations(CFG, PARAMS, [request_])
