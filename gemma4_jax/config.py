@@ -134,6 +134,7 @@ class ModelConfig:
   ple_placement: str = 'device'        # of the PLE table: device or host memory; folded, folded_host: there, with all of PLE in it
   ple_table: str = 'as_is'             # stored as_is, bfloat16, int8 or int4; both as `model.ple_placement.place` makes it
 
+  rotated_values: tuple[int, ...] = () # layers whose weights make values rotated, as `model.quantized_cache.fold` has them
   dtype: str = 'float32'               # of activations and matmuls
   param_dtype: str = 'float32'
   matvec: str = 'xla'                  # of at most 8 rows; native: our own on a CPU, without gradients (`native.matvec`)
@@ -331,8 +332,8 @@ def variant(name: str) -> ModelConfig:
 def released(cfg: ModelConfig) -> str | None:
   """Name of the released variant that a model is, whatever its context, vocabulary, dtypes and ways to compute."""
   free = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in (
-      'vocab_size', 'context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'dtype', 'param_dtype', 'matvec', 'scan',
-      'remat')}
+      'vocab_size', 'context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'rotated_values', 'dtype', 'param_dtype',
+      'matvec', 'scan', 'remat')}
   plain = lambda cfg: cfg.replace(**free, ple_dim=cfg.ple_dim if cfg.embedding == 'ple' else ModelConfig.ple_dim)
   return next((name for name, variant in VARIANTS.items() if plain(variant) == plain(cfg)), None)
 

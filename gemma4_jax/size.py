@@ -11,7 +11,8 @@ Conventions
 
 import collections
 
-from gemma4_jax.config import GATE, PLE_ARMS, UNGATED, UP, VALUE, LayerSpec, ModelConfig
+from gemma4_jax import kv_format
+from gemma4_jax.config import GATE, PLE_ARMS, UNGATED, UP, VALUE, ModelConfig
 
 BYTES = 2   # of a bfloat16
 
@@ -105,43 +106,30 @@ def mean_keys(window: int | None, context: int) -> float:
   return (w * (w + 1) / 2 + (context - w) * w) / context
 
 
-def kv_bytes(cfg: ModelConfig, context: int, unified: bool = False) -> int:
+def kv_bytes(cfg: ModelConfig, context: int, kv: kv_format.KV = 'exact', width: int = BYTES) -> int:
   """K/V of one sequence after `context` tokens: local layers keep one window, layers that borrow K/V keep nothing.
 
   Args:
-    unified: a layer with K=V stores V and the rotated channels of K. The other channels of K are V times the key norm's
-      weight. Not with a value-embedding arm, which changes V alone, nor where one of K and V alone is normed.
+    kv: what `kv_format.make` takes. 'exact' stores of a K=V layer its values and the rotated channels of its keys.
+    width: bytes of a number that is not quantized.
   """
-  def elements(spec: LayerSpec) -> int:
-    if unified and unifies(cfg, spec):
-      return spec.num_kv_heads * (spec.head_dim + rotated_dim(spec))
-    return spec.num_kv_heads * 2 * spec.head_dim
-
-  return BYTES * sum(elements(spec) * min(spec.window or context, context) for spec in cfg.layers if spec.kv_from is None)
+  return sum(layer.bytes(context, width) for layer in kv_format.make(kv).layers(cfg).values())
 
 
-def unifies(cfg: ModelConfig, spec: LayerSpec) -> bool:
-  """Whether keys can be rebuilt from values: k = rope(v * key_scale). Not if one of the two alone is normed or changed."""
-  return spec.k_eq_v and spec.inject != VALUE and cfg.v_norm == cfg.qk_norm
-
-
-def rotated_dim(spec: LayerSpec) -> int:
-  """Channels of a head that RoPE turns."""
-  return 2 * int(spec.rope_fraction * spec.head_dim // 2)
-
-
-def decode_bytes(cfg: ModelConfig, context: int, batch: int, weights: int | None = None) -> int:
+def decode_bytes(cfg: ModelConfig, context: int, batch: int, weights: int | None = None,
+                 kv: kv_format.KV = 'exact') -> int:
   """Bytes that a decoding step of `batch` rows with `context` tokens each must read, in the model's own dtypes: all weights but
   the tables that are read by row, and the caches. Of experts all, as many rows visit many.
 
   Args:
     weights: bytes of these weights, if they are quantized.
+    kv: as `kv_bytes` takes it.
   """
   width = {'float32': 4, 'bfloat16': 2}
   n = parameters(cfg)
   if weights is None:
     weights = width[cfg.param_dtype] * (sum(n.values()) - n['arm_table'] - (0 if cfg.tied_embeddings else n['embedding']))
-  return weights + width[cfg.dtype] * kv_bytes(cfg, context, unified=True) // BYTES * batch
+  return weights + batch * kv_bytes(cfg, context, kv, width[cfg.dtype])
 
 
 def costs(cfg: ModelConfig, context: int) -> dict[str, float]:

@@ -167,15 +167,15 @@ def test_look_ups_are_free_and_projections_are_not():
     ('26b-a4b', 10_240, 102_400, 10 * 640), ('31b', 40_960, 409_600, 40 * 640)])
 def test_kv_of_global_layers_grows_and_of_local_layers_stops_at_the_window(name, growing, ring, unified):
   cfg = config.VARIANTS[name]
-  assert size.kv_bytes(cfg, 100) == 2 * 100 * (growing + ring)
-  assert size.kv_bytes(cfg, 32_768) == 2 * (32_768 * growing + cfg.window * ring)
-  assert size.kv_bytes(cfg, 32_768, unified=True) == 2 * (32_768 * unified + cfg.window * ring)
+  assert size.kv_bytes(cfg, 100, 'separate') == 2 * 100 * (growing + ring)
+  assert size.kv_bytes(cfg, 32_768, 'separate') == 2 * (32_768 * growing + cfg.window * ring)
+  assert size.kv_bytes(cfg, 32_768) == 2 * (32_768 * unified + cfg.window * ring)
 
 
 @pytest.mark.parametrize('fields', [{'embedding': 'value'}, {'qk_norm': False}])
 def test_keys_that_values_cannot_give_back_are_stored_whole(fields):
   cfg = config.B12.replace(**fields)
-  assert size.kv_bytes(cfg, 4096, unified=True) == size.kv_bytes(cfg, 4096) == size.kv_bytes(config.B12, 4096)
+  assert size.kv_bytes(cfg, 4096) == size.kv_bytes(cfg, 4096, 'separate') == size.kv_bytes(config.B12, 4096, 'separate')
 
 
 def test_costs_of_a_run_are_named_as_its_report_reads_them():

@@ -30,7 +30,7 @@ def _chat(args):
   model = sample.load_model(args)   # JAX loads with it: it need not for --help
   from gemma4_jax.sampling import text
   context = min(8192, model.cfg.context_length) if args.context is None else args.context
-  chat = Chat(text.Conversation(model, context, kv=args.kv), args.system, args.thinking, max_new_tokens=args.max_new_tokens,
+  chat = Chat(text.Conversation(model, context), args.system, args.thinking, max_new_tokens=args.max_new_tokens,
               sampling=sample.sampling(args, model), seed=args.seed, stop_strings=args.stop)
   _say(f'{_COMMANDS}; Ctrl-C stops an answer')
   while True:

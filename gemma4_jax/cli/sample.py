@@ -4,8 +4,8 @@
   python -m gemma4_jax.cli.sample --checkpoint=DIR --prompt='Why is the sea salty?' --chat --thinking
   python -m gemma4_jax.cli.sample --variant=e2b --random_weights --dtype=bfloat16 --prompt=x     (speed at full size)
 
-The text goes to standard output. To standard error go a line that says which model runs and where its weights are, thoughts, and at
-the end a line of tokens, speed (without compiling), memory and cache.
+The text goes to standard output. To standard error go lines that say which model runs, where its weights are and what its cache keeps,
+thoughts, and at the end a line of tokens, speed (without compiling), memory and cache.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 
-from gemma4_jax import config_file
+from gemma4_jax import config_file, kv_format
 from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, WEIGHTS
 
 
@@ -66,7 +66,7 @@ def _sample(args):
   else:
     ids = model.encode(prompt)
   run = model.start([ids], max_new_tokens=args.max_new_tokens, sampling=sampling(args, model), seed=args.seed, stop_strings=args.stop,
-                    samples=args.best_of or args.samples, kv=args.kv, every=1 if args.stream else None, chat=args.chat)
+                    samples=args.best_of or args.samples, every=1 if args.stream else None, chat=args.chat)
   if args.stream:
     thoughts = Thoughts()
     for kind, piece in (piece for new, in run for piece in new):
@@ -115,7 +115,9 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
                      help='where the PLE table is, and whether the rest of PLE is folded into it (default: %(default)s)')
   model.add_argument('--ple_table', choices=PLE_TABLES, default='as_is', help='how it is stored (default: %(default)s)')
   model.add_argument('--weights', choices=WEIGHTS, default='as_is', help='how the other matrices are stored (default: %(default)s)')
-  model.add_argument('--kv', default='exact', help='how keys and values are kept: exact, or separate (K and V of K=V layers apart)')
+  model.add_argument('--kv', default='exact',
+                     help=f'how keys and values are kept: {", ".join(kv_format.PRESETS)}, or one of these with fields of '
+                          'kv_format.KVFormat behind it, as in turboquant,recent=64 (default: %(default)s)')
   how = parser.add_argument_group('sampling', 'Defaults are those of the checkpoint\'s generation_config.json.')
   for name, (kind, meaning) in _SAMPLING.items():
     how.add_argument(f'--{name}', type=kind, help=meaning)
@@ -133,21 +135,24 @@ def load_model(args: argparse.Namespace):
   if args.variant and args.tokenizer or args.checkpoint and args.shrink:
     raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
   from gemma4_jax import compilation, config
-  from gemma4_jax.sampling import generate, pieces, text
+  from gemma4_jax.model import quantized_cache
+  from gemma4_jax.sampling import pieces, text
   from gemma4_jax.sampling.sampler import Sampling
   Sampling(**_given(args)).check()
   if args.max_new_tokens < 1 or not 0 <= args.seed < 2**32:
     raise ValueError(f'--max_new_tokens={args.max_new_tokens}, --seed={args.seed}: at least 1, and from 0 to 2**32 - 1')
   pieces.StopStrings(args.stop)
-  generate.check_kv(args.kv)
+  quantized_cache.check(kv_format.make(args.kv))
   compilation.keep()
-  how = dict(param_dtype=args.dtype, ple_placement=args.ple_placement, ple_table=args.ple_table, weights=args.weights, progress=True)
+  how = dict(param_dtype=args.dtype, ple_placement=args.ple_placement, ple_table=args.ple_table, weights=args.weights, kv=args.kv,
+             progress=True)
   if args.checkpoint:
     model = text.load(args.checkpoint, tokenizer=args.tokenizer, **how)
   else:
     cfg = config.variant(args.variant)
     model = text.random(config.shrink(cfg, vocab_size=1024, context_length=4096) if args.shrink else cfg, **how)
   print(_described(args.checkpoint or args.variant, model), file=sys.stderr)
+  print(quantized_cache.describe(model.cfg, model.kv), file=sys.stderr)
   return model
 
 
@@ -212,7 +217,8 @@ def _told(stats, cfg) -> str:
   rate = lambda tokens, seconds: f'{tokens / seconds:.1f}/s' if seconds > 0 else '-'
   return (f'{stats.prompt_tokens} prompt tokens at {rate(stats.prompt_tokens, stats.prefill_seconds)}, {stats.new_tokens} new at '
           f'{rate(stats.new_tokens, stats.decode_seconds)} (compiling: {stats.compile_seconds:.1f} s, not counted), peak memory '
-          f'{_peak_memory() / 1e9:.2f} GB, cache {stats.cache_bytes:,} bytes, kv {stats.kv}, {cfg.matvec} matvec')
+          f'{_peak_memory() / 1e9:.2f} GB ({stats.prefill_peak_bytes / 1e9:.2f} after the prompt), cache {stats.cache_bytes:,} bytes, '
+          f'kv {stats.kv}, {cfg.matvec} matvec')
 
 
 def _peak_memory():

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gemma4_jax import size
+from gemma4_jax import kv_format, size
 from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, ModelConfig, variant
 
 
@@ -35,8 +35,7 @@ def costs(cfg: ModelConfig, context: int) -> dict:
       'forward_flops_per_token': size.forward_flops(cfg, context),
       'bytes': size.BYTES * size.total(cfg),
       'resident_bytes': size.resident_bytes(cfg),
-      'kv_bytes': size.kv_bytes(cfg, context),
-      'unified_kv_bytes': size.kv_bytes(cfg, context, unified=True),
+      **{f'kv_bytes_{preset}': size.kv_bytes(cfg, context, preset) for preset in kv_format.PRESETS},
       'ple_placements': ple_costs(cfg),
   }
 
@@ -69,8 +68,9 @@ def rows(cfgs: dict[str, ModelConfig], context: int) -> list[list[str]]:
       ('fwd GFLOPs/token', 'forward_flops_per_token', lambda flops: f'{flops / 1e9:.2f}'),
       ('weights', 'bytes', gigabytes),
       ('  resident', 'resident_bytes', gigabytes),
-      ('K/V cache', 'kv_bytes', gigabytes),
-      ('  K=V unified', 'unified_kv_bytes', gigabytes),
+      ('K/V cache', 'kv_bytes_separate', gigabytes),
+      ('  K=V unified', 'kv_bytes_exact', gigabytes),
+      *((f'  {preset}', f'kv_bytes_{preset}', gigabytes) for preset in kv_format.PRESETS if preset not in ('exact', 'separate')),
   ]
   numbers = [costs(cfg, context) for cfg in cfgs.values()]
   return [[f'bf16, {context} tokens', *cfgs],

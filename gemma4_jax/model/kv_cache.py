@@ -11,11 +11,13 @@ A layer that borrows K/V has none: it is handed what its donor read, which has n
 positions count up from its length, and padding (segment 0) stands behind them, is not written and not seen.
 """
 
+from typing import Any
+
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from gemma4_jax import size
+from gemma4_jax import kv_format
 from gemma4_jax.config import LayerSpec, ModelConfig
 from gemma4_jax.model import attention
 
@@ -45,17 +47,23 @@ def make(cfg: ModelConfig, batch: int, capacity: int, dtype=None, *, unified: bo
     unified: False stores keys and values of K=V layers apart.
   """
   dtype = jnp.dtype(dtype or cfg.dtype)
+  return start(batch, {i: empty(spec, batch, capacity, dtype, unified=unified and kv_format.unifies(cfg, spec))
+                       for i, spec in enumerate(cfg.layers) if spec.kv_from is None})
 
-  def layer(spec: LayerSpec):
-    shape = lambda slots, dim: jnp.zeros((batch, spec.num_kv_heads, slots, dim), dtype)
-    if spec.window is not None and spec.window < capacity:
-      return Ring(shape(spec.window, spec.head_dim), shape(spec.window, spec.head_dim))
-    if unified and size.unifies(cfg, spec):
-      return Unified(shape(capacity, spec.head_dim), shape(capacity, size.rotated_dim(spec)))
-    return Dense(shape(capacity, spec.head_dim), shape(capacity, spec.head_dim))
 
-  return Cache(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32),
-               {i: layer(spec) for i, spec in enumerate(cfg.layers) if spec.kv_from is None})
+def start(batch: int, layers: dict) -> Cache:
+  """Of layers without a token."""
+  return Cache(jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,), jnp.int32), layers)
+
+
+def empty(spec: LayerSpec, batch: int, capacity: int, dtype, *, unified: bool) -> 'Dense | Ring | Unified':
+  """A layer's."""
+  shape = lambda slots, dim: jnp.zeros((batch, spec.num_kv_heads, slots, dim), dtype)
+  if spec.window is not None and spec.window < capacity:
+    return Ring(shape(spec.window, spec.head_dim), shape(spec.window, spec.head_dim))
+  if unified:
+    return Unified(shape(capacity, spec.head_dim), shape(capacity, kv_format.rotated_dim(spec)))
+  return Dense(shape(capacity, spec.head_dim), shape(capacity, spec.head_dim))
 
 
 @struct.dataclass
@@ -65,14 +73,18 @@ class Dense:
   v_BKSH: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    write = lambda into, x: _write(into, stream.pos_BT, stream.seg_BT > 0, x)
-    return _Slots(Dense(write(self.k_BKSH, k_BTKH), write(self.v_BKSH, v_BTKH)), _length(stream))
+    return _Slots(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), length(stream))
 
   def positions(self, length_B):
     return _numbered(self.k_BKSH.shape[2], length_B)
 
-  def read(self, q_BTNH, seen_BTS, scale, key_scale_H):
-    return attention.attend(q_BTNH, self.k_BKSH.astype(q_BTNH.dtype), self.v_BKSH.astype(q_BTNH.dtype), seen_BTS, scale)
+  def of(self, k_BTKH, v_BTKH):
+    """The same of other tokens."""
+    return Dense(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+
+  def scores(self, q_BTNH, scale, key_scale_H):
+    """As `attention.scores`."""
+    return attention.scores(q_BTNH, self.k_BKSH.astype(q_BTNH.dtype), scale)
 
 
 @struct.dataclass
@@ -83,22 +95,25 @@ class Unified:
   k_BKSR: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    write = lambda into, x: _write(into, stream.pos_BT, stream.seg_BT > 0, x)
-    after = Unified(write(self.v_BKSH, v_BTKH), write(self.k_BKSR, self._rotated(k_BTKH)))
-    return _Slots(after, _length(stream), key_scale_H)
+    return _Slots(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), length(stream), key_scale_H)
 
   def positions(self, length_B):
     return _numbered(self.v_BKSH.shape[2], length_B)
 
-  def read(self, q_BTNH, seen_BTS, scale, key_scale_H):
+  def of(self, k_BTKH, v_BTKH):
+    """The same of other tokens."""
+    return Unified(v_BTKH.swapaxes(1, 2), self.rotated(k_BTKH).swapaxes(1, 2))
+
+  def scores(self, q_BTNH, scale, key_scale_H):
+    """As `attention.scores`."""
     v_BKSH, k_BKSR = self.v_BKSH.astype(q_BTNH.dtype), self.k_BKSR.astype(q_BTNH.dtype)
     half, turned = q_BTNH.shape[-1] // 2, k_BKSR.shape[-1] // 2
     weight_H = jnp.where(jnp.arange(2 * half) % half < turned, 0, 1.0 if key_scale_H is None else key_scale_H)
     still_BTNH = (q_BTNH * weight_H).astype(q_BTNH.dtype)
-    logits = attention.scores(still_BTNH, v_BKSH, scale) + attention.scores(self._rotated(q_BTNH), k_BKSR, scale)
-    return attention.mix(logits, v_BKSH, seen_BTS, q_BTNH.shape)
+    return attention.scores(still_BTNH, v_BKSH, scale) + attention.scores(self.rotated(q_BTNH), k_BKSR, scale)
 
-  def _rotated(self, x_BTNH):
+  def rotated(self, x_BTNH):
+    """The channels that RoPE turns, [..., R]."""
     half, turned = x_BTNH.shape[-1] // 2, self.k_BKSR.shape[-1] // 2
     return jnp.concatenate([x_BTNH[..., :turned], x_BTNH[..., half:half + turned]], axis=-1)
 
@@ -106,24 +121,23 @@ class Unified:
 @struct.dataclass
 class Ring:
   """Slot s holds the last position that is s modulo the window."""
-  k_BKWH: jax.Array
-  v_BKWH: jax.Array
+  k_BKSH: jax.Array
+  v_BKSH: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    window, length_B = self.k_BKWH.shape[2], _length(stream)
-    keep_BT = (stream.seg_BT > 0) & (stream.pos_BT >= length_B[:, None] - window)
-    write = lambda into, x: _write(into, stream.pos_BT % window, keep_BT, x)
-    after = Ring(write(self.k_BKWH, k_BTKH), write(self.v_BKWH, v_BTKH))
+    window, length_B = self.k_BKSH.shape[2], length(stream)
+    fresh = Ring(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+    after = write(self, fresh, stream.pos_BT % window, newest(stream, window))
     if k_BTKH.shape[1] == 1:   # the token took the slot of the one that has just left its window
       return _Slots(after, length_B)
-    return _RingAndFresh(after, self, stream, k_BTKH, v_BTKH)
+    return RingAndFresh(after, self, fresh, stream)
 
   def positions(self, length_B):
-    slots, last_B1 = self.k_BKWH.shape[2], length_B[:, None] - 1
-    return last_B1 - (last_B1 - jnp.arange(slots)) % slots
+    return last_with(length_B, self.k_BKSH.shape[2])
 
-  def read(self, q_BTNH, seen_BTS, scale, key_scale_H):
-    return attention.attend(q_BTNH, self.k_BKWH.astype(q_BTNH.dtype), self.v_BKWH.astype(q_BTNH.dtype), seen_BTS, scale)
+  def scores(self, q_BTNH, scale, key_scale_H):
+    """As `attention.scores`."""
+    return attention.scores(q_BTNH, self.k_BKSH.astype(q_BTNH.dtype), scale)
 
 
 @struct.dataclass
@@ -136,25 +150,25 @@ class _Slots:
   def attend(self, q_BTNH, stream, window, scale):
     pos_BS = self.cache.positions(self.length_B)
     seen = attention.see(stream, pos_BS, (pos_BS >= 0).astype(jnp.int32), window)
-    return self.cache.read(q_BTNH, seen, scale, self.key_scale_H)
+    logits = self.cache.scores(q_BTNH, scale, self.key_scale_H)
+    return attention.mix(logits, self.cache.v_BKSH.astype(q_BTNH.dtype), seen, q_BTNH.shape)
 
 
 @struct.dataclass
-class _RingAndFresh:
+class RingAndFresh:
   """What several tokens read: the window before them, and themselves."""
-  cache: Ring
+  cache: Any   # what is kept
   before: Ring
+  fresh: Ring   # in the order of the tokens
   stream: attention.Stream   # of the keys; the queries may be some of its tokens only
-  k_BTKH: jax.Array
-  v_BTKH: jax.Array
 
   def attend(self, q_BTNH, stream, window, scale):
-    slots, start_B = self.before.k_BKWH.shape[2], self.stream.pos_BT[:, 0]
+    slots, start_B = self.before.k_BKSH.shape[2], self.stream.pos_BT[:, 0]
     pos_BW = start_B[:, None] - slots + jnp.arange(slots)
     in_order = lambda x: jnp.take_along_axis(x, (pos_BW % slots)[:, None, :, None], axis=2)
-    before = attention.Before(in_order(self.before.k_BKWH).astype(q_BTNH.dtype), in_order(self.before.v_BKWH).astype(q_BTNH.dtype),
+    before = attention.Before(in_order(self.before.k_BKSH).astype(q_BTNH.dtype), in_order(self.before.v_BKSH).astype(q_BTNH.dtype),
                               pos_BW, (pos_BW >= 0).astype(jnp.int32))
-    k_BKTH, v_BKTH = self.k_BTKH.swapaxes(1, 2), self.v_BTKH.swapaxes(1, 2)
+    k_BKTH, v_BKTH = self.fresh.k_BKSH, self.fresh.v_BKSH
     if q_BTNH.shape[1] == k_BKTH.shape[2] >= window:
       return attention.attend_blocked(q_BTNH, k_BKTH, v_BKTH, stream, window, scale, before)
     both = lambda one, two, axis: jnp.concatenate([one, two], axis=axis)
@@ -162,9 +176,20 @@ class _RingAndFresh:
     return attention.attend(q_BTNH, both(before.k_BKWH, k_BKTH, 2), both(before.v_BKWH, v_BKTH, 2), seen, scale)
 
 
-def _length(stream) -> jax.Array:
+def length(stream) -> jax.Array:
   """[B], tokens a row holds after those of the call."""
   return stream.pos_BT[:, 0] + (stream.seg_BT > 0).sum(1, dtype=jnp.int32)
+
+
+def newest(stream, count: int) -> jax.Array:
+  """bool [B, T]: whether a token of the call is among the last `count` of its row after it."""
+  return (stream.seg_BT > 0) & (stream.pos_BT >= length(stream)[:, None] - count)
+
+
+def last_with(length_B, slots: int) -> jax.Array:
+  """[B, slots]: the last position that is s modulo `slots` among those below the length; negative where there is none."""
+  last_B1 = length_B[:, None] - 1
+  return last_B1 - (last_B1 - jnp.arange(slots)) % slots
 
 
 def _numbered(slots, length_B):
@@ -173,19 +198,30 @@ def _numbered(slots, length_B):
   return jnp.where(slot_S < length_B[:, None], slot_S, -1)
 
 
-def _write(into_BKSH, slot_BT, keep_BT, x_BTKH):
+def write(into, fresh, slot_BT, keep_BT, axis: int = 2):
   """Puts token t of row b into slot_BT[b, t] if it is to be kept.
 
   A single token is written in any case, for a condition would copy the cache: that of a row which has ended lands in the slot
   of its next one, which nobody sees.
+
+  Args:
+    into: a tree of arrays [B, ...] with slots along `axis`.
+    fresh: the same tree of the tokens.
   """
-  x_BKTH = x_BTKH.swapaxes(1, 2).astype(into_BKSH.dtype)
-  if slot_BT.shape[1] == 1:
-    put = lambda into_KSH, slot_1, x_K1H: jax.lax.dynamic_update_slice_in_dim(into_KSH, x_K1H, slot_1[0], axis=1)
-    if len(into_BKSH) == 1 and jax.default_backend() == 'cpu':
-      # XLA:CPU would do the update twice, in a copy for the matmul that reads it, could it see through to it
-      return jax.lax.cond(keep_BT[0, 0], lambda into: put(into[0], slot_BT[0], x_BKTH[0])[None], lambda into: into, into_BKSH)
-    return jax.vmap(put)(into_BKSH, slot_BT, x_BKTH)
-  slot_BT = jnp.where(keep_BT, slot_BT, into_BKSH.shape[2])
-  put = lambda into_KSH, slot_T, x_KTH: into_KSH.at[:, slot_T].set(x_KTH, mode='drop')
-  return jax.vmap(put)(into_BKSH, slot_BT, x_BKTH)
+  return jax.tree.map(lambda into, x: _write(into, x.astype(into.dtype), slot_BT, keep_BT, axis - 1), into, fresh)
+
+
+def _write(into, x, slot_BT, keep_BT, axis):
+  if slot_BT.shape[1] > 1:
+    slot_BT = jnp.where(keep_BT, slot_BT, into.shape[axis + 1])
+    put = lambda row, slot_T, x: row.at[(slice(None),) * axis + (slot_T,)].set(x, mode='drop')
+    return jax.vmap(put)(into, slot_BT, x)
+  put = lambda row, slot_1, x: jax.lax.dynamic_update_slice_in_dim(row, x, slot_1[0], axis=axis)
+  rows = lambda into, x, slot_BT, keep_BT: jax.vmap(put)(into, slot_BT, x)
+
+  def hidden(into, x, slot_BT, keep_BT):   # could XLA:CPU see through to it, it would do it twice, in a copy for the matmul that reads it
+    return jax.lax.cond(keep_BT[0, 0], lambda into: put(into[0], slot_BT[0], x[0])[None], lambda into: into, into)
+
+  if len(into) > 1:
+    return rows(into, x, slot_BT, keep_BT)
+  return jax.lax.platform_dependent(into, x, slot_BT, keep_BT, cpu=hidden, default=rows)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gemma4_jax import kv_format
 from gemma4_jax.sampling import generate
 from gemma4_jax.sampling.run import Reply, Run
 from gemma4_jax.sampling.sampler import Sampling
@@ -20,10 +21,10 @@ class Conversation:
   is run from its start.
   """
 
-  def __init__(self, model: 'Model', context: int, *, kv: str = 'exact'):
+  def __init__(self, model: 'Model', context: int, *, kv: kv_format.KV | None = None):
     """Raises ValueError: more than the model's context, or no such cache."""
     self.context = context
-    self._model, self._kv = model, kv
+    self._model, self._kv = model, model.kv if kv is None else kv
     self._session, self._prompt, self._run = self._empty(), [], None
 
   def reply(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,

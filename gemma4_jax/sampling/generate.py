@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax import compilation
+from gemma4_jax import compilation, kv_format
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.chat import STOP_IDS
-from gemma4_jax.model import kv_cache, transformer
+from gemma4_jax.model import kv_cache, quantized_cache, transformer
 from gemma4_jax.native import matvec
 from gemma4_jax.sampling import sampler
 from gemma4_jax.sampling.sampler import Sampling
@@ -61,7 +61,7 @@ class Generation:
 
 def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int,
              sampling: Sampling | Sequence[Sampling] = Sampling(), seed: int | Sequence[int] = 0,
-             stop_ids: Sequence[int] = STOP_IDS, samples: int = 1, kv: str = 'exact') -> list[Generation]:
+             stop_ids: Sequence[int] = STOP_IDS, samples: int = 1, kv: kv_format.KV = 'exact') -> list[Generation]:
   """Continues every prompt.
 
   Args:
@@ -72,7 +72,7 @@ def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *
     seed: for all rows (row i then draws from (seed, i)), or one a row.
     stop_ids: a row ends with the first of these that it chooses.
     samples: continuations of every prompt, which runs once; row i's are results i * samples and on.
-    kv: how keys and values are kept, see `make_cache`.
+    kv: how keys and values are kept: what `kv_format.make` takes.
   Raises:
     ValueError: before anything is compiled, naming what cannot be.
   """
@@ -90,7 +90,7 @@ def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *
 
 def stream(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, every: int = 1,
            sampling: Sampling | Sequence[Sampling] = Sampling(), seed: int | Sequence[int] = 0,
-           stop_ids: Sequence[int] = STOP_IDS, kv: str = 'exact') -> Iterator[list[np.ndarray]]:
+           stop_ids: Sequence[int] = STOP_IDS, kv: kv_format.KV = 'exact') -> Iterator[list[np.ndarray]]:
   """As `generate`, but yields every row's new tokens (int32) after each `every` steps: the same tokens in all."""
   session = Session(cfg, params, len(prompts), _needed(prompts, max_new_tokens), kv=kv)
   _choices(cfg, len(prompts), sampling, seed, stop_ids)   # before anything is compiled
@@ -128,7 +128,7 @@ class Session:
     stopped: bool array [B], rows that the last `generate` ended with a stop id.
   """
 
-  def __init__(self, cfg: ModelConfig, params: dict, batch: int, capacity: int, *, kv: str = 'exact'):
+  def __init__(self, cfg: ModelConfig, params: dict, batch: int, capacity: int, *, kv: kv_format.KV = 'exact'):
     """Args: capacity: tokens that a row can come to hold. Raises ValueError."""
     if batch < 1:
       raise ValueError('no prompts: a batch has at least one')
@@ -138,7 +138,7 @@ class Session:
       raise ValueError('model.scan: sampling takes layers one by one: cfg.replace(scan=False) and transformer.unstack(cfg, params)')
     self._cfg, self._params = cfg, params
     self.capacity = capacity
-    cache = make_cache(cfg, batch, _bucket(capacity), kv)
+    cache = quantized_cache.make(cfg, batch, _bucket(capacity), kv)
     self._state = _State(cache, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,)), jnp.zeros((batch, cfg.vocab_size), bool),
                          jnp.ones((batch,), bool), jnp.zeros((), jnp.int32))
     self._logits = None        # [B, V] of the token that comes next, until it is chosen
@@ -226,25 +226,6 @@ class Session:
   def _check_room(self, needed):
     if needed > self.capacity:
       raise ValueError(f'prompt and max_new_tokens: {needed} tokens are more than the {self.capacity} of this session')
-
-
-def make_cache(cfg: ModelConfig, batch: int, capacity: int, kv: str = 'exact') -> kv_cache.Cache:
-  """An empty cache.
-
-  Args:
-    kv: 'exact': what the architecture needs, K=V layers unified; 'separate': keys and values of those layers apart.
-  Raises:
-    ValueError: no such kind.
-  """
-  check_kv(kv)
-  return kv_cache.make(cfg, batch, capacity, unified=kv == 'exact')
-
-
-def check_kv(kv: str) -> None:
-  """Raises ValueError: no such kind of cache."""
-  kinds = ('exact', 'separate')
-  if kv not in kinds:
-    raise ValueError(f'kv: {kv!r} is none of {", ".join(kinds)}')
 
 
 @partial(compilation.Jitted, options=compilation.lean_options, static_argnums=0, donate_argnums=(2, 3, 4))

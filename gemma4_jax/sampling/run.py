@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gemma4_jax import compilation
+from gemma4_jax import compilation, hardware, kv_format
 from gemma4_jax.data import chat as chat_format
 from gemma4_jax.sampling import generate, pieces
 from gemma4_jax.sampling.sampler import Sampling
@@ -44,7 +44,8 @@ def likeliest(rows: Sequence[Completion]) -> list[Completion]:
 
 @dataclasses.dataclass
 class Stats:
-  """Attributes: tokens run and chosen in all rows; seconds without compiling, which `compile_seconds` has; bytes of the cache; its kind."""
+  """Attributes: tokens run and chosen in all rows; seconds without compiling, which `compile_seconds` has; bytes of the cache; its kind;
+  most bytes ever in use (`hardware.peak_memory_bytes`) when the prompt had run."""
   prompt_tokens: int = 0
   new_tokens: int = 0
   prefill_seconds: float = 0.0
@@ -52,6 +53,7 @@ class Stats:
   compile_seconds: float = 0.0
   cache_bytes: int = 0
   kv: str = 'exact'
+  prefill_peak_bytes: int = 0
 
 
 class Run:
@@ -65,7 +67,7 @@ class Run:
     finished: whether every row has ended.
   """
 
-  def __init__(self, model: 'Model', new: Sequence[np.ndarray], open_session: Callable[[], generate.Session], *, kv: str,
+  def __init__(self, model: 'Model', new: Sequence[np.ndarray], open_session: Callable[[], generate.Session], *, kv: kv_format.KV,
                max_new_tokens: int, sampling: Sampling | None = None, seed: int | Sequence[int] = 0, stop_strings: Sequence[str] = (),
                samples: int = 1, every: int | None = None, chat: bool = False):
     """
@@ -84,7 +86,7 @@ class Run:
     if not one and len(seed) != len(new) * samples:
       raise ValueError(f'seed: {len(seed)} for {len(new) * samples} rows')
     self.rows = [_Row(model, stop_strings, chat) for _ in range(len(new) * samples)]
-    self.stats, self.finished = Stats(kv=kv), False
+    self.stats, self.finished = Stats(kv=str(kv_format.make(kv))), False
     every = every or (_STEPS if stop_strings else max_new_tokens)
     settings = dict(max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, stop_ids=model.stop_ids, every=every)
     self._steps = self._run(open_session(), new, samples, settings)
@@ -100,6 +102,7 @@ class Run:
     session.wait()
     stats.prompt_tokens, stats.cache_bytes = sum(map(len, new)), session.cache_bytes
     stats.prefill_seconds, prefill_compiled = clock.read()
+    stats.prefill_peak_bytes = hardware.peak_memory_bytes()
     clock = _Clock()
     for part in session.generate(**settings):
       new = [row.push(tokens, logprobs) for row, (tokens, logprobs) in zip(self.rows, part, strict=True)]

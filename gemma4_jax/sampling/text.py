@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma4_jax import config as model_config
+from gemma4_jax import config as model_config, kv_format
 from gemma4_jax.checkpoint import load as checkpoint, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data import chat as chat_format
 from gemma4_jax.data.tokenizer import GEMMA4_TOKENS, Tokenizer
-from gemma4_jax.model import ple_placement as placing, quantized, transformer
+from gemma4_jax.model import ple_placement as placing, quantized, quantized_cache, transformer
 from gemma4_jax.sampling import generate
 from gemma4_jax.sampling.conversation import Conversation
 from gemma4_jax.sampling.run import Completion, Reply, Run, Stats, likeliest
@@ -31,7 +31,8 @@ __all__ = ['Completion', 'Conversation', 'Model', 'Reply', 'Run', 'Stats', 'like
 
 
 def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokenizer: str | os.PathLike | None = None,
-         ple_placement: str = 'device', ple_table: str = 'as_is', weights: str = 'as_is', progress: bool = False) -> 'Model':
+         ple_placement: str = 'device', ple_table: str = 'as_is', weights: str = 'as_is', kv: kv_format.KV = 'exact',
+         progress: bool = False) -> 'Model':
   """A model from a checkpoint directory of any kind that `checkpoint.load` reads.
 
   Beside the weights (a run's are in its folder) are read: tokenizer.json; chat_template.jinja, if there; generation_config.json,
@@ -44,6 +45,8 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
       memory-mapped where its file allows, and never on the device.
     ple_table: how it is stored, of config.PLE_TABLES.
     weights: how the matrices are stored, of config.WEIGHTS: see `model.quantized`.
+    kv: how keys and values are kept where a call does not say: what `kv_format.make` takes. The rotation of quantized values goes
+      into the weights here (`quantized_cache.fold`); a cache that a call names works with either.
     progress: a bar, on a terminal.
   Raises:
     ValueError: one line, before a weight is read: what is wrong with the directory, a tokenizer that is not this model's, or a
@@ -53,6 +56,8 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   found = checkpoint.find(directory)
   found.cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
   quantized.check(weights)
+  kv = kv_format.make(kv)
+  quantized_cache.check(kv)
   folder = found.home
   if tokenizer is None and not (folder / 'tokenizer.json').exists():
     raise ValueError(f'{folder}: no tokenizer.json; copy the one the model was trained with there, or name one (tokenizer)')
@@ -64,12 +69,12 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
   moved = (ple_placement, ple_table) != ('device', 'as_is') and found.cfg.embedding != 'frozen_table'   # a toy's, of another name
   cfg, params = checkpoint.load(directory, param_dtype=param_dtype, progress=progress, host=[placing.TABLE] if moved else [])
-  cfg, params = _placed(cfg, params, ple_placement, ple_table, weights, progress)
-  return Model(generate.fastest(cfg), params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg))
+  cfg, params = _placed(cfg, params, ple_placement, ple_table, kv, weights, progress)
+  return Model(generate.fastest(cfg), params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg), kv)
 
 
 def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None = None, ple_placement: str = 'device',
-           ple_table: str = 'as_is', weights: str = 'as_is', progress: bool = False) -> 'Model':
+           ple_table: str = 'as_is', weights: str = 'as_is', kv: kv_format.KV = 'exact', progress: bool = False) -> 'Model':
   """Random weights and a stand-in for the tokenizer, as large as the model's vocabulary: for tests, and for speed at full size.
 
   Args: as those of `load`.
@@ -80,14 +85,18 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
   cfg = cfg.replace(scan=False, **(dict(param_dtype=param_dtype, dtype=param_dtype) if param_dtype else {}))
   cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
   quantized.check(weights)
+  kv = kv_format.make(kv)
+  quantized_cache.check(kv)
   tokenizer = Tokenizer.stand_in(vocab_size=cfg.vocab_size)
-  cfg, params = _placed(cfg, transformer.init(cfg, seed), ple_placement, ple_table, weights, progress)
-  return Model(generate.fastest(cfg), params, tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg))
+  cfg, params = _placed(cfg, transformer.init(cfg, seed), ple_placement, ple_table, kv, weights, progress)
+  return Model(generate.fastest(cfg), params, tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg), kv)
 
 
-def _placed(cfg, params, placement, storage, weights, progress):
+def _placed(cfg, params, placement, storage, kv, weights, progress):
   if (placement, storage) != ('device', 'as_is'):   # a model without such a table has it there, too
     cfg, params = placing.place(cfg, params, placement=placement, storage=storage, progress=progress)
+  if 'quant' not in params:   # values of weights that came quantized are rotated beside them
+    cfg, params = quantized_cache.fold(cfg, params, kv)
   return cfg, params if weights == 'as_is' else quantized.quantize(cfg, params, weights, consume=True, progress=progress)
 
 
@@ -102,13 +111,14 @@ class Model:
     seed: row i draws from (seed, i); or one seed a row.
     stop_strings: a row ends where the first of these is complete, and its text before it. In a chat they are looked for in
       the answer, not in thoughts.
-    kv: see `generate.make_cache`.
+    kv: as `load` takes it; None: `self.kv`.
 
   Attributes:
     stop_ids: tokens that end a row.
     sampling: how to choose, if a call does not say.
     template: source of the chat template that the checkpoint carries; None: ours.
     empty_thought_channel: see `chat.EMPTY_THOUGHT_CHANNEL`.
+    kv: how keys and values are kept, if a call does not say.
   """
   cfg: ModelConfig
   params: dict     # or variables of `model.quantized`
@@ -117,10 +127,11 @@ class Model:
   sampling: Sampling = Sampling()
   template: str | None = None
   empty_thought_channel: bool = False
+  kv: kv_format.KV = 'exact'
 
   def generate(self, prompt: str | Sequence[str], *, max_new_tokens: int = 256, sampling: Sampling | None = None,
                seed: int | Sequence[int] = 0, stop_strings: Sequence[str] = (), samples: int = 1, best_of: int | None = None,
-               kv: str = 'exact') -> Completion | list:
+               kv: kv_format.KV | None = None) -> Completion | list:
     """Continues a prompt, or each of several in one batch.
 
     Args:
@@ -144,7 +155,7 @@ class Model:
     return found[0] if isinstance(prompt, str) else found
 
   def stream(self, prompt: str, *, max_new_tokens: int = 256, sampling: Sampling | None = None, seed: int | Sequence[int] = 0,
-             stop_strings: Sequence[str] = (), kv: str = 'exact') -> Iterator[str]:
+             stop_strings: Sequence[str] = (), kv: kv_format.KV | None = None) -> Iterator[str]:
     """Pieces of the text as they are decoded; joined, they are the text of `generate`.
 
     A character comes whole, and text that could begin a stop string when it is certain that it does not.
@@ -155,7 +166,7 @@ class Model:
 
   def chat(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
            max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = (),
-           kv: str = 'exact') -> dict:
+           kv: kv_format.KV | None = None) -> dict:
     """The assistant's next message, as `chat.parse` gives it; messages and tools as `chat.encode` takes them."""
     run = self.start([self.encode_chat(messages, tools, thinking=thinking)], chat=True, max_new_tokens=max_new_tokens, sampling=sampling,
                      seed=seed, stop_strings=stop_strings, kv=kv)
@@ -163,7 +174,7 @@ class Model:
 
   def chat_stream(self, messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, *, thinking: bool = False,
                   max_new_tokens: int = 1024, sampling: Sampling | None = None, seed: int = 0, stop_strings: Sequence[str] = (),
-                  kv: str = 'exact') -> Reply:
+                  kv: kv_format.KV | None = None) -> Reply:
     """As `chat`, in pieces."""
     return Reply(self.start([self.encode_chat(messages, tools, thinking=thinking)], chat=True, max_new_tokens=max_new_tokens,
                             sampling=sampling, seed=seed, stop_strings=stop_strings, kv=kv, every=1))
@@ -189,11 +200,12 @@ class Model:
     return chat_format.encode(self.tokenizer, messages, tools, thinking=thinking, template=self.template,
                               empty_thought_channel=self.empty_thought_channel)
 
-  def start(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1, kv: str = 'exact', **settings) -> Run:
+  def start(self, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1, kv: kv_format.KV | None = None,
+            **settings) -> Run:
     """A run over prompts of `encode` or `encode_chat`; `settings` are those of `Run`."""
     if not prompts:
       raise ValueError('prompt: none given')
-    capacity = max(map(len, prompts)) + max_new_tokens
+    capacity, kv = max(map(len, prompts)) + max_new_tokens, self.kv if kv is None else kv
     return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), capacity, kv=kv), kv=kv,
                max_new_tokens=max_new_tokens, samples=samples, **settings)
 

@@ -11,7 +11,8 @@ import jax
 from gemma4_jax.turboquant import pallas, reference
 from gemma4_jax.turboquant.reference import Part, Partial, Stored, exact, merge, normalize, separate, unified
 
-__all__ = ['IMPLEMENTATIONS', 'Part', 'Partial', 'Stored', 'attend', 'choose', 'exact', 'merge', 'normalize', 'separate', 'unified']
+__all__ = ['IMPLEMENTATIONS', 'Part', 'Partial', 'Stored', 'attend', 'check', 'choose', 'exact', 'merge', 'normalize', 'separate',
+           'unified']
 IMPLEMENTATIONS = ('xla', 'pallas_tpu', 'pallas_gpu', 'interpret')
 
 
@@ -34,12 +35,19 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
   if implementation is None:
     reference.check(parts, stored, q_BKGD)
     implementation = choose(parts, stored, q_BKGD)
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(f'implementation={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}')
+  check(implementation)
   if implementation == 'xla':
     return reference.attend(parts, stored, q_BKGD, start_B, end_B)
+  return pallas.attend(parts, stored, q_BKGD, start_B, end_B, backend=implementation.removeprefix('pallas_'))
+
+
+def check(implementation: str | None) -> None:
+  """Raises ValueError: no such implementation; NotImplementedError: one that this device has not."""
+  if implementation is None:
+    return
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(f'implementation={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}')
   backend = implementation.removeprefix('pallas_')
-  if backend != 'interpret' and backend != jax.default_backend():
+  if backend not in ('xla', 'interpret', jax.default_backend()):
     raise NotImplementedError(f'implementation={implementation!r} needs a {backend.upper()}; the default device is a '
                               f"{jax.default_backend().upper()}: take 'xla', or None")
-  return pallas.attend(parts, stored, q_BKGD, start_B, end_B, backend=backend)

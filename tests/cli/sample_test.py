@@ -17,7 +17,7 @@ from tests import tiny
 
 PROMPT = 'def width(self'
 LAST = re.compile(r'^(\d+) prompt tokens at [\d.]+/s, (\d+) new at [\d.]+/s \(compiling: [\d.]+ s, not counted\), '
-                  r'peak memory [\d.]+ GB, cache [\d,]+ bytes, kv (\w+), (?:native|xla) matvec$')
+                  r'peak memory [\d.]+ GB \([\d.]+ after the prompt\), cache [\d,]+ bytes, kv (\w+), (?:native|xla) matvec$')
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +46,9 @@ def test_text_goes_to_standard_output_and_the_numbers_to_one_line_of_standard_er
   out = run(capsys, checkpoint)
   assert out.out == expected().text + '\n'
   ids = tiny.model().encode(PROMPT)
-  first, last = out.err.splitlines()
+  first, kept, last = out.err.splitlines()
   assert first == f'{checkpoint}: 10 layers of width 32, float32, {nbytes():,} bytes of float32 weights on the cpu, PLE table device as_is'
+  assert kept == 'kv exact: 5 global: K V exact, 256 bytes a token, xla'
   assert LAST.match(last).groups() == (str(len(ids)), '12', 'exact')
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gemma4_jax import config, size
+from gemma4_jax import config, kv_format, size
 from gemma4_jax.cli import size as cli
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -49,12 +49,13 @@ def test_json_holds_the_unrounded_numbers_of_the_variants_asked_for(capsys):
   assert found['e2b']['ple_placements']['host']['int4'] == size.placed_bytes(config.E2B.replace(ple_placement='host', ple_table='int4'))
   assert found['e2b']['mlp_dims'] == [6144, 12_288]
   assert found['31b']['forward_flops_per_token'] == size.forward_flops(config.B31, 4096)
-  assert found['31b']['unified_kv_bytes'] == size.kv_bytes(config.B31, 4096, unified=True) < found['31b']['kv_bytes']
+  assert found['31b']['kv_bytes_exact'] == size.kv_bytes(config.B31, 4096) < found['31b']['kv_bytes_separate']
 
 
 def test_context_moves_the_flops_and_the_cache_and_nothing_else():
   short, long = (cli.costs(config.E2B, context) for context in (512, CONTEXT))
-  assert {name for name in short if short[name] != long[name]} == {'forward_flops_per_token', 'kv_bytes', 'unified_kv_bytes'}
+  assert {name for name in short if short[name] != long[name]} == {
+      'forward_flops_per_token', *(f'kv_bytes_{preset}' for preset in kv_format.PRESETS)}
 
 
 @pytest.mark.parametrize('flags, error', [

@@ -8,6 +8,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
+from gemma4_jax import size
 from gemma4_jax.checkpoint import save
 from gemma4_jax.data import chat
 from gemma4_jax.data.tokenizer import Tokenizer
@@ -217,7 +218,7 @@ def test_numbers_of_a_run_are_counted():
   rows = run.finish()
   assert run.stats.prompt_tokens == sum(len(MODEL.encode(p)) for p in PROMPTS)
   assert run.stats.new_tokens == sum(len(row.tokens) for row in rows)
-  assert run.stats.cache_bytes == generate.make_cache(MODEL.cfg, 2, 32).nbytes
+  assert run.stats.cache_bytes == size.kv_bytes(MODEL.cfg, 32, width=4) * 2
   assert run.stats.prefill_seconds > 0 and run.stats.decode_seconds > 0
 
 
