@@ -5,6 +5,7 @@ r"""Speed against the machine's limit and against a peer, as JSON.
   python -m experiments.speed prefill --size=mini --peer=hf   # greedy, random weights, prompts of 512 tokens
   python -m experiments.speed decode --size=mini --peer=llama_cpp --convert=llama.cpp/convert_hf_to_gguf.py
   python -m experiments.speed load --size=e2b --dtype=bfloat16   # a process, from its start to the first token
+  python -m experiments.speed kv --size=e2b --dtype=bfloat16 --kv=quality --contexts=1024,8192    # a step after a long context
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
@@ -12,6 +13,8 @@ over that peak: medians over rounds of medians over steps. Of decoding, `share_o
 
 llama.cpp reads the same random weights from a GGUF file: f32, bf16 or, beside --weights=int8, q8_0. `load` reads a checkpoint
 (--checkpoint, or one of random weights that it writes first) and gives every round, as the first may compile.
+`kv` compares a quantized cache with the exact one in the same dtype: of attention in one global layer (append, rotations and
+attention over all) and of the model's whole step, how many times as fast, beside the ceiling that the bytes set.
 """
 
 import argparse
@@ -26,8 +29,8 @@ import tempfile
 import time
 
 from configs import base
-from experiments import llama_cpp_peer, speed_sampling
-from gemma4_jax import hardware, provenance, size
+from experiments import llama_cpp_peer, speed_kv, speed_sampling
+from gemma4_jax import hardware, kv_format, provenance, size
 from gemma4_jax.config import WEIGHTS
 
 BATCH, LENGTH = 4, 512
@@ -119,6 +122,20 @@ def _measure(run, peak, steps, cfg) -> dict:
           'share_of_peak': flops / seconds / best}
 
 
+def _kv(args, contexts: tuple[int, ...]) -> dict:
+  head, kinds, rounds = _alone(provenance.result), (args.kv, 'exact'), []
+  for _ in range(args.rounds):
+    rounds.append([_alone(speed_kv.measure, args.size, kind, other, args.dtype, args.batch, contexts, args.steps, args.weights)
+                   for kind, other in zip(kinds, reversed(kinds))])
+  compared = [speed_kv.compare(*pair) for pair in rounds]
+  median = lambda rows: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+  prefill = {kind: _alone(speed_kv.prefill_memory, args.size, kind, args.dtype, args.batch, max(contexts)) for kind in kinds}
+  return {'what': 'kv', 'size': args.size, 'kv': args.kv, 'batch': args.batch, 'dtype': args.dtype, 'weights': args.weights,
+          **head, 'environment': hardware.environment(),
+          'ratios': [median(rows) for rows in zip(*compared)], 'prefill': prefill,
+          'rounds': [dict(zip(('ours', 'exact'), pair)) for pair in rounds]}
+
+
 def _alone(function, *args) -> dict:
   """Runs in a process of its own, so that peaks of memory do not mix."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
@@ -127,24 +144,34 @@ def _alone(function, *args) -> dict:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load'])
+  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load', 'kv'])
   parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
   parser.add_argument('--peer', choices=['hf', 'llama_cpp'], help='measure transformers or llama.cpp beside us')
   parser.add_argument('--convert', default='', metavar='FILE', help="--peer=llama_cpp: llama.cpp's convert_hf_to_gguf.py")
   parser.add_argument('--gguf', default='', metavar='FILE', help='--peer=llama_cpp: written if it is not there, and kept')
   parser.add_argument('--checkpoint', default='', metavar='DIR', help='load: any with a tokenizer.json')
+  parser.add_argument('--kv', default='turboquant', help='kv: a format of gemma4_jax.kv_format')
+  parser.add_argument('--contexts', default='1024,8192', help='kv: tokens that the cache holds, with commas between')
   parser.add_argument('--steps', type=int, default=3, help='timed steps a round, after one that is not')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--scan', action='store_true', help='train: blocks as a scan over periods')
-  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='decode, prefill: of weights and activations')
-  parser.add_argument('--weights', default='as_is', choices=WEIGHTS, help='decode, prefill: ours, in few bits')
-  parser.add_argument('--batch', type=int, default=1, help='decode, prefill: rows')
+  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='decode, prefill, kv: of weights and activations')
+  parser.add_argument('--weights', default='as_is', choices=WEIGHTS, help='decode, prefill, kv: ours, in few bits')
+  parser.add_argument('--batch', type=int, default=1, help='decode, prefill, kv: rows')
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
     parser.error('--steps and --rounds are at least 1')
   if args.peer and (args.what == 'load' or (args.what, args.peer) == ('train', 'llama_cpp')):
     parser.error(f'--peer={args.peer}: does not {args.what} here')
   os.environ.update(hardware.cpu_environment())   # of the processes to come: ours and the peer's
+  if args.what == 'kv':
+    try:
+      kv_format.make(args.kv)
+      contexts = tuple(int(n) for n in args.contexts.split(','))
+    except ValueError as error:
+      parser.error(str(error))
+    print(json.dumps(_kv(args, contexts), indent=2))
+    return
   with tempfile.TemporaryDirectory() as scratch:
     print(json.dumps(_loads(args, Path(scratch)) if args.what == 'load' else _beside(args, Path(scratch)), indent=2))
 
