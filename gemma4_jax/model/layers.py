@@ -96,7 +96,7 @@ def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: s
   activation in the backward pass, which on a CPU took a quarter of a training step.
 
   Args:
-    rows: how few rows run, `cfg.matvec`.
+    rows: how few rows run, `cfg.matvec`; 'native' says that this is a CPU, and that nobody asks for gradients.
   """
   dim = math.prod(x.shape[-axes:])
   x_RK = x.reshape(-1, dim)
@@ -108,7 +108,9 @@ def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: s
   if native:
     y = matvec.dot(x_RK, w_NK).astype(dtype or x.dtype)
   else:
-    y = jax.lax.dot_general(x_RK, w_NK.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+    # on a CPU XLA multiplies in bfloat16 only where the sums are float32; else it converts the weights, and takes three times as long
+    sums = jnp.float32 if rows == 'native' else dtype
+    y = jax.lax.dot_general(x_RK, w_NK.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=sums).astype(dtype or x.dtype)
   return y.reshape(*x.shape[:-axes], *w.shape[:-axes])
 
 

@@ -106,3 +106,13 @@ def test_parameters_and_activations_have_the_dtypes_of_the_config():
   assert (out['final'].dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(a.dtype)), params, exact_params)
   assert 1e-4 < np.abs(logits - exact).mean() < 0.1 * np.abs(exact).mean()
+
+
+@pytest.mark.parametrize('dtype', [None, jnp.float32])
+def test_many_rows_in_bfloat16_are_summed_in_float32_where_the_matvec_is_native(dtype):
+  x_RK, w_NK = (np.random.RandomState(i).standard_normal((n, 8)).astype(jnp.bfloat16) for i, n in enumerate((16, 4)))
+  multiply = jax.jit(lambda x, w: layers.contract(x, w, 1, dtype, rows='native'))
+  assert '(tensor<16x8xbf16>, tensor<4x8xbf16>) -> tensor<16x4xf32>' in multiply.lower(x_RK, w_NK).as_text()
+  y_RN = multiply(x_RK, w_NK)
+  assert y_RN.dtype == (dtype or jnp.bfloat16)
+  np.testing.assert_allclose(y_RN.astype(np.float32), x_RK.astype(np.float32) @ w_NK.astype(np.float32).T, rtol=2**-8, atol=1e-5)
