@@ -112,8 +112,8 @@ class LayerKV:
 
   def slots(self, context: int) -> int:
     """That `context` tokens take."""
-    window = self.spec.window or context
-    return min(window, context if self.exact else -(-context // _PAGE) * _PAGE)
+    slots = context if self.exact else -(-context // _PAGE) * _PAGE
+    return slots if self.spec.window is None else min(self.spec.window, slots)
 
   def slot_bytes(self, width: int) -> int:
     """Of one token; `width` bytes a number that is not quantized."""

@@ -53,3 +53,11 @@ def test_k_v_layers_that_cannot_be_one_are_quantized_as_two():
                   (config.B12.replace(global_rope_fraction=0.0), 'turboquant')):
     kinds = {str(layer) for layer in kv_format.make(kv).layers(cfg).values() if not layer.exact}
     assert kinds == {'K6 V6'}
+
+
+def test_slots_of_codes_come_in_pages_and_end_with_the_window():
+  codes, exact = (next(iter(kv_format.make(kv).layers(cfg).values())) for kv, cfg in (
+      ('extreme', config.E2B.replace(pattern='G')), ('exact', config.E2B.replace(pattern='G'))))
+  local = next(iter(kv_format.make('extreme').layers(config.E2B).values()))
+  assert [codes.slots(n) for n in (1, 128, 1000)] == [128, 128, 1024] and exact.slots(1000) == 1000
+  assert [local.slots(n) for n in (1, 500, 9000)] == [128, 512, 512]

@@ -12,8 +12,8 @@ from gemma4_jax.model import attention, kv_cache, layers, quantized_cache, trans
 from tests import quick
 
 SHRUNK = {name: config.shrink(config.VARIANTS[name], width=32, mlp_dim=48, head_dim=32, global_head_dim=64, window=16, pattern='LG',
-                             embedding='none', attention_scale=0.15)
-          for name in ('e2b', '31b')}
+                             embedding='none', attention_scale=0.15, num_layers=2 + shared, num_kv_shared_layers=shared)
+          for name, shared in (('e2b', 2), ('31b', 0))}
 KV = {'recent': 6, 'sinks': 2, 'exact_last': False, 'local_k': 8, 'local_v': 6, 'separate_k': 6, 'separate_v': 4, 'unified_k': 8,
       'unified_v': 4}
 LENGTHS, T = np.array([41, 30]), 41     # ragged; several windows of 16
@@ -101,7 +101,7 @@ def meaning(name, kind, kv=KV):
 
 
 REAL = np.arange(T) < LENGTHS[:, None]
-LAYERS = [('e2b', 'global'), ('31b', 'global'), ('e2b', 'local'), ('31b', 'local')]
+LAYERS = [('e2b', 'global'), ('31b', 'global'), ('31b', 'local')]
 
 
 @pytest.mark.parametrize('name, kind', LAYERS)
@@ -118,20 +118,18 @@ def test_values_that_come_rotated_stay_so():
   np.testing.assert_allclose(back[REAL], meaning('e2b', 'global')[REAL], atol=1e-5)
 
 
-@pytest.mark.parametrize('name', SHRUNK)
-def test_the_kernel_reads_what_the_cache_holds(name):
-  found, expected = feed(name, 'global', KV | {'kernel': 'interpret'})[0], meaning(name, 'global')
+def test_the_kernel_reads_what_the_cache_holds():
+  found, expected = feed('31b', 'global', KV | {'kernel': 'interpret'})[0], meaning('31b', 'global')
   np.testing.assert_allclose(found[REAL], expected[REAL], atol=1e-5)
 
 
 def test_a_row_that_has_ended_is_as_it_was():
-  row = lambda held: jax.tree.map(lambda x: x[1], held.codes.stored)
   _, after = feed('e2b', 'global')
-  for old, new in zip(jax.tree.leaves(row(after[1])), jax.tree.leaves(row(after[-1]))):
-    slots = np.moveaxis(np.asarray(old), -1, 0) if old.dtype != jnp.uint8 else np.moveaxis(np.asarray(old), 1, 0)
-    again = np.moveaxis(np.asarray(new), -1, 0) if old.dtype != jnp.uint8 else np.moveaxis(np.asarray(new), 1, 0)
-    np.testing.assert_array_equal(slots[:LENGTHS[1]], again[:LENGTHS[1]])
-    assert slots[:LENGTHS[1]].any()
+  for old, new in zip(after[1].codes.stored, after[-1].codes.stored):
+    for name, slots in (('packed_BKSW', 1), ('scale_BKNS', 2)):
+      before, now = (np.take(np.asarray(getattr(x, name)[1], np.float32), range(LENGTHS[1]), axis=slots) for x in (old, new))
+      np.testing.assert_array_equal(now, before)
+      assert before.any()
 
 
 # Gemma 4's own sizes: K=V layers of 31B and global layers of E2B, simulated (tests 18 to 20 of the accuracy that is asked for)
