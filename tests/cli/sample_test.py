@@ -17,7 +17,7 @@ from tests import tiny
 
 PROMPT = 'def width(self'
 LAST = re.compile(r'^(\d+) prompt tokens at [\d.]+/s, (\d+) new at [\d.]+/s \(compiling: [\d.]+ s, not counted\), '
-                  r'peak memory [\d.]+ GB \([\d.]+ after the prompt\), cache [\d,]+ bytes, kv (\w+), (?:native|xla) matvec$')
+                  r'peak memory [\d.]+ GB \([\d.]+ after the prompt\), cache [\d,]+ bytes, kv (\S+), (?:native|xla) matvec$')
 
 
 @pytest.fixture(scope='module')
@@ -88,8 +88,16 @@ def test_a_stop_string_ends_an_answer(checkpoint, capsys):
 
 def test_a_stream_and_standard_input_give_the_same_text(checkpoint, capsys, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.StringIO(PROMPT + '\n'))
-  out = run(capsys, checkpoint, '--stream', '--prompt=-', '--kv=separate')
-  assert out.out == expected().text + '\n' and LAST.match(out.err.splitlines()[-1])[3] == 'separate'
+  out = run(capsys, checkpoint, '--stream', '--prompt=-')
+  assert out.out == expected().text + '\n'
+
+
+def test_a_quantized_cache_with_a_window_over_all_tokens_gives_the_text_of_the_exact_one(checkpoint, capsys):
+  out = run(capsys, checkpoint, '--kv=turboquant,recent=64')
+  assert out.out == expected().text + '\n' and LAST.match(out.err.splitlines()[-1])[3] == 'turboquant,recent=64'
+  assert out.err.splitlines()[1] == (
+      'kv turboquant,recent=64: 4 global: K6 V6, newest 64 and first 4 exact, 52 bytes a token, xla; '
+      '1 global: K V exact, 256 bytes a token, xla')
 
 
 def test_json_has_all_samples_with_tokens_and_logprobs(checkpoint, capsys):
@@ -137,6 +145,7 @@ def test_random_weights_need_no_checkpoint(capsys, monkeypatch):
     (['--prompt=x', '--checkpoint=/nowhere', '--ple_placement=disk'], "invalid choice: 'disk' (choose from"),
     (['--prompt=x', '--checkpoint=/nowhere', '--ple_table=int2'], "invalid choice: 'int2' (choose from"),
     (['--prompt=x', '--checkpoint=/nowhere', '--kv=turbo'], "kv: 'turbo' is none of exact, separate"),
+    (['--prompt=x', '--checkpoint=/nowhere', '--kv=quality,kernel=pallas_tpu'], "kv.kernel: implementation='pallas_tpu' needs a TPU"),
     (['--prompt=x', '--checkpoint=/nowhere', '--stop='], 'stop_strings'),
     (['--prompt=x', '--checkpoint=/nowhere', '--suppress_tokens=a,b'], "'a,b' is no list of token ids"),
     (['--prompt=x', '--checkpoint=/nowhere', '--samples=3', '--best_of=2'], '--best_of=2: at least --samples=3'),
