@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from gemma4_jax import paths
+from gemma4_jax import hardware, paths
 
 _spans: list[tuple[float, float]] = []   # (start, end) of what was traced or compiled, apart from each other
 
@@ -21,27 +21,27 @@ def keep() -> None:
 def train_options() -> dict:
   """For compiling a training step. On a CPU LLVM's first level: the matmuls are a library's, the step is not slower than at its
   third, and compiling takes three quarters of the time."""
-  return {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else {}
+  return {'xla_backend_optimization_level': 1} if hardware.platform() == 'cpu' else {}
 
 
 def lean_options() -> dict:
   """For compiling what reads many weights. On a CPU in an order that spares memory: by default XLA brings all bfloat16 weights to
   float32 before the first is multiplied, 1.9 GB more in E2B's prefill."""
-  return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if jax.default_backend() == 'cpu' else {}
+  return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'} if hardware.platform() == 'cpu' else {}
 
 
 class Jitted:
-  """`jax.jit(function, compiler_options=options(), **kwargs)`, made when it is first used: the options ask for the backend."""
+  """`jax.jit(function, compiler_options=options(), **kwargs)`, made when it is first used: the options ask for the platform."""
 
   def __init__(self, function: Callable, options: Callable[[], dict], **kwargs):
     functools.update_wrapper(self, function)
-    self._made = functools.cache(lambda: jax.jit(function, compiler_options=options(), **kwargs))
+    self._made = functools.cache(lambda platform: jax.jit(function, compiler_options=options(), **kwargs))
 
   def __call__(self, *args, **kwargs):
-    return self._made()(*args, **kwargs)
+    return self._made(hardware.platform())(*args, **kwargs)
 
   def __getattr__(self, name):   # lower, ...
-    return getattr(self._made(), name)
+    return getattr(self._made(hardware.platform()), name)
 
 
 def seconds() -> float:

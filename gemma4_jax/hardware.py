@@ -45,6 +45,15 @@ def cpu_environment() -> dict[str, str]:
   return {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 
 
+def platform() -> str:
+  """Of the devices that what is traced now is for, 'cpu', 'gpu' or 'tpu': those of the mesh in use (`jax.set_mesh`), which may not be
+  here, else the default ones."""
+  import jax
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  return 'gpu' if name in ('cuda', 'rocm') else name
+
+
 @functools.lru_cache
 def peak_flops() -> tuple[float, str]:
   """(FLOP/s of all devices of this job, where the number is from): bfloat16 of a data sheet, else a float32 matmul timed here."""

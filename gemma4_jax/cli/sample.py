@@ -115,6 +115,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
                      help='where the PLE table is, and whether the rest of PLE is folded into it (default: %(default)s)')
   model.add_argument('--ple_table', choices=PLE_TABLES, default='as_is', help='how it is stored (default: %(default)s)')
   model.add_argument('--weights', choices=WEIGHTS, default='as_is', help='how the other matrices are stored (default: %(default)s)')
+  model.add_argument('--mesh', metavar='AXIS=SIZE,..', help='devices over which weights and caches are split, as fsdp=8,tensor=4 '
+                     '(axes data, fsdp, tensor, expert; -1: what is left; default: one device)')
   model.add_argument('--kv', default='exact',
                      help=f'how keys and values are kept: {", ".join(kv_format.PRESETS)}, or one of these with fields of '
                           'kv_format.KVFormat behind it, as in turboquant,recent=64 (default: %(default)s)')
@@ -134,7 +136,7 @@ def load_model(args: argparse.Namespace):
     raise ValueError('--variant and --random_weights: need each other; weights come from a checkpoint otherwise')
   if args.variant and args.tokenizer or args.checkpoint and args.shrink:
     raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
-  from gemma4_jax import compilation, config
+  from gemma4_jax import compilation, config, sharding
   from gemma4_jax.model import quantized_cache
   from gemma4_jax.sampling import pieces, text
   from gemma4_jax.sampling.sampler import Sampling
@@ -145,7 +147,7 @@ def load_model(args: argparse.Namespace):
   quantized_cache.check(kv_format.make(args.kv))
   compilation.keep()
   how = dict(param_dtype=args.dtype, ple_placement=args.ple_placement, ple_table=args.ple_table, weights=args.weights, kv=args.kv,
-             progress=True)
+             mesh=None if args.mesh is None else sharding.parse(args.mesh), progress=True)
   if args.checkpoint:
     model = text.load(args.checkpoint, tokenizer=args.tokenizer, **how)
   else:
@@ -204,13 +206,17 @@ class Thoughts:
 
 def _described(name, model):
   import jax
+
+  from gemma4_jax import sharding
+  mesh = sharding.of(model.params)
+  split = '' if mesh is None else f' over {", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)}'
   cfg, nbytes = model.cfg, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
   params = model.params.get('params', model.params)
   host = [part['host'].nbytes for part in params.get('arm', {}).values() if 'host' in part]
   weights = 'int8' if 'quant' in model.params else cfg.param_dtype
   ple = f', PLE table {cfg.ple_placement} {cfg.ple_table}' if cfg.has_ple_table else ''
   return (f'{name}: {cfg.num_layers} layers of width {cfg.width}, {cfg.dtype}, {nbytes:,} bytes of {weights} weights '
-          f'on the {jax.default_backend()}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
+          f'on the {jax.default_backend()}{split}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
 
 
 def _told(stats, cfg) -> str:

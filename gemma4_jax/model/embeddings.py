@@ -63,7 +63,7 @@ class PLE(nn.Module):
       name = 'frozen_lookup' if arm == 'frozen_table' else 'lookup'
       placed = (cfg.ple_placement, cfg.ple_table) != ('device', 'as_is')
       table = ple_table.PlacedTable(cfg, shape, name=name) if placed else layers.Embed(
-          cfg, shape, ('vocab', 'layers', 'ple'), P**-0.5, name=name)
+          cfg, shape, ('rows', 'layers', 'ple'), P**-0.5, name=name)
       row_BTLP = table(ids_BT)
       if cfg.ple_folded:
         return x_BTD, _spread(cfg, [row_BTLP[:, :, i] for i in range(len(which))])
@@ -96,7 +96,7 @@ class TokenVectors(nn.Module):
   def __call__(self, ids_BT: jax.Array, prev_BT: jax.Array, x_BTD: jax.Array) -> tuple[jax.Array, PerLayer]:
     cfg = self.cfg
     dims = [cfg.layers[i].inject_dim for i in cfg.inject_layers]
-    rows = layers.Embed(cfg, (cfg.vocab_size, sum(dims)), ('vocab', 'ple'), 1.0, name='lookup')(ids_BT)
+    rows = layers.Embed(cfg, (cfg.vocab_size, sum(dims)), ('rows', 'ple'), 1.0, name='lookup')(ids_BT)
     return x_BTD, _spread(cfg, jnp.split(rows, np.cumsum(dims)[:-1], axis=-1))
 
 
@@ -114,7 +114,7 @@ class Bigram(nn.Module):
     # two odd multipliers of 32 bits and a fold of the high half, which mixes better than the low bits
     mixed = prev_BT.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + ids_BT.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
     bucket_BT = ((mixed ^ (mixed >> 15)) % jnp.uint32(cfg.bigram_rows)).astype(jnp.int32)
-    table = layers.Embed(cfg, (cfg.bigram_rows, D), ('vocab', 'embed'), D**-0.5, name='lookup')
+    table = layers.Embed(cfg, (cfg.bigram_rows, D), ('rows', 'embed'), D**-0.5, name='lookup')
     return x_BTD + table(bucket_BT) * D**0.5, (None,) * cfg.num_layers
 
 

@@ -47,7 +47,7 @@ def weight(module: nn.Module, name: str, init: Callable, shape: Sequence[int], a
   return declare(module, name, init, shape, axes)
 
 
-def init_params(module: nn.Module, seed: int, *args, **kwargs) -> dict:
+def init_params(module: nn.Module, seed: int, *args, shardings: dict | None = None, **kwargs) -> dict:
   """Initialises leaf by leaf: a weight's value depends on the seed, its path and its shape alone.
 
   So two models that share a weight's name and shape start from the same numbers (paired ablations), nothing is compiled
@@ -55,17 +55,19 @@ def init_params(module: nn.Module, seed: int, *args, **kwargs) -> dict:
 
   Args:
     *args, **kwargs: what `module.__call__` takes; shapes only.
+    shardings: of every weight; None: the default device.
   Returns:
     the tree of plain arrays under 'params'.
   """
   root = jax.random.key(seed)
 
-  def leaf(path, box):
+  def leaf(path, box, where=None):
     key = jax.random.fold_in(root, zlib.crc32(jax.tree_util.keystr(path).encode()))
-    return _draw(box.init, box.value.shape, box.value.dtype)(key)
+    return _draw(box.init, box.value.shape, box.value.dtype, where)(key)
 
   boxes = abstract_params(module, *args, **kwargs)
-  return jax.tree_util.tree_map_with_path(leaf, boxes, is_leaf=lambda x: isinstance(x, Param))
+  rest = () if shardings is None else (shardings,)
+  return jax.tree_util.tree_map_with_path(leaf, boxes, *rest, is_leaf=lambda x: isinstance(x, Param))
 
 
 def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
@@ -75,18 +77,18 @@ def abstract_params(module: nn.Module, *args, **kwargs) -> dict:
 
 
 @cache
-def _draw(init, shape, dtype):
+def _draw(init, shape, dtype, where):
   # in float32 whatever the dtype: jax draws a bfloat16 normal from 7 random bits, and models of two dtypes should start alike
   draw = lambda key, shape: init(key, shape, jnp.float32).astype(dtype)
   if math.prod(shape) <= 2**28:
-    return jax.jit(lambda key: draw(key, shape))
+    return jax.jit(lambda key: draw(key, shape), out_shardings=where)
   # the random bits of a PLE table would take ten times its own memory
   rows = next(n for n in range(min(shape[0], max(1, 2**24 // math.prod(shape[1:]))), 0, -1) if shape[0] % n == 0)
 
   def in_parts(key):
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(shape[0] // rows))
     return jax.lax.map(lambda key: draw(key, (rows, *shape[1:])), keys).reshape(shape)
-  return jax.jit(in_parts)
+  return jax.jit(in_parts, out_shardings=where)
 
 
 def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: str = 'xla') -> jax.Array:

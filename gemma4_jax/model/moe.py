@@ -3,7 +3,9 @@
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from gemma4_jax import hardware, sharding
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import layers
 
@@ -38,9 +40,8 @@ class MoE(nn.Module):
     up_EFD = layers.declare(self, 'up', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
     gate_EFD = layers.declare(self, 'gate', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
     down_EDF = layers.declare(self, 'down', layers.normal(F**-0.5), out, ('experts', 'embed', 'expert_mlp')).astype(x_BTD.dtype)
-    run = {'ragged': _ragged, 'scan': _scan, 'gather': _gather}[implementation(cfg, B * T)]
-    y_RD = run(cfg, x_BTD.reshape(B * T, D), ids_BTX.reshape(-1, X), top_BTX.reshape(-1, X).astype(x_BTD.dtype),
-               gate_EFD, up_EFD, down_EDF)
+    y_RD = _mixture(cfg, x_BTD.reshape(B * T, D), ids_BTX.reshape(-1, X), top_BTX.reshape(-1, X).astype(x_BTD.dtype),
+                    gate_EFD, up_EFD, down_EDF)
     return y_RD.reshape(B, T, D), probs_BTE
 
 
@@ -49,9 +50,31 @@ def implementation(cfg: ModelConfig, tokens: int) -> str:
   CPU, where XLA lowers ragged_dot to a dense product, a scan over the experts, or for few tokens a gather of weights."""
   if cfg.moe_implementation != 'auto':
     return cfg.moe_implementation
-  if jax.default_backend() != 'cpu':
+  if hardware.platform() != 'cpu':
     return 'ragged'
   return 'gather' if tokens * cfg.num_experts_per_token < cfg.num_experts else 'scan'
+
+
+def _mixture(cfg, x_RD, ids_RX, weight_RX, *experts):
+  """On a mesh that splits the experts every device runs its own on all tokens of its share of the batch, and the parts are summed."""
+  run = {'ragged': _ragged, 'scan': _scan, 'gather': _gather}[implementation(cfg, len(x_RD))]
+  mesh = sharding.in_use()
+  if mesh is None or mesh.shape['expert'] == 1:
+    return run(cfg, x_RD, ids_RX, weight_RX, *experts)
+
+  def mine(x_RD, ids_RX, weight_RX, *experts):
+    count = len(experts[0])
+    ids_RX -= jax.lax.axis_index('expert') * count
+    here_RX = (ids_RX >= 0) & (ids_RX < count)
+    y_RD = run(cfg, x_RD, jnp.where(here_RX, ids_RX, count), jnp.where(here_RX, weight_RX, 0), *experts)
+    return jax.lax.psum(y_RD, 'expert')
+
+  split, whole = PartitionSpec('expert'), PartitionSpec()
+  return jax.shard_map(mine, in_specs=(whole, whole, whole, split, split, split), out_specs=whole, axis_names={'expert'},
+                       check_vma=False)(x_RD, ids_RX, weight_RX, *experts)
+
+
+# Three ways to run experts. An id that is no expert's is one of another device: its weight is 0.
 
 
 def _ragged(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
@@ -61,7 +84,8 @@ def _ragged(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
   rows_RD = x_RD[order // X]
   dot = lambda a, w: jax.lax.ragged_dot(a, w.swapaxes(1, 2), sizes_E)
   y_RD = dot(layers.activation(cfg, dot(rows_RD, gate_EFD)) * dot(rows_RD, up_EFD), down_EDF)
-  y_RD = y_RD * weight_RX.reshape(-1)[order][:, None]
+  weight_R1 = weight_RX.reshape(-1)[order][:, None]
+  y_RD = jnp.where(weight_R1 == 0, 0, y_RD * weight_R1)   # rows behind the last expert's may hold anything
   return jnp.zeros_like(x_RD).at[order // X].add(y_RD)
 
 

@@ -7,6 +7,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax import sharding
 from gemma4_jax.config import GATE, UNGATED, UP, VALUE, Group, LayerSpec, ModelConfig
 from gemma4_jax.model import attention, embeddings, kv_cache, layers, moe
 from gemma4_jax.model.intervention import LEFT_OUT, Intervention, kinds
@@ -57,7 +58,7 @@ class Block(nn.Module):
 
     if cfg.layer_scalar:
       x_BTD = x_BTD * layers.declare(self, 'scalar', layers.constant(1.0), (1,), ('norm',)).astype(x_BTD.dtype)
-    return x_BTD, kv
+    return sharding.constrain(x_BTD, 'batch'), kv   # the partitioner, left alone, splits the stream another way in every layer
 
 
 class Period(nn.Module):
@@ -160,7 +161,10 @@ class Transformer(nn.Module):
   def embed(self, ids_BT: jax.Array, prev_BT: jax.Array) -> tuple[jax.Array, embeddings.PerLayer]:
     """Of ids in [0, V) and the ids before them: what the embedding arm returns."""
     scale = jnp.asarray(self.cfg.width**0.5, self.cfg.dtype)   # rounded to the compute dtype first, as released
-    return self.arm(ids_BT, prev_BT, self.embedder(ids_BT) * scale)
+    x_BTD = sharding.constrain(self.embedder(ids_BT) * scale, 'gathered', None, 'embed')   # as the table is split; then as the stream
+    x_BTD = sharding.constrain(x_BTD, 'batch')
+    x_BTD, vectors = self.arm(ids_BT, prev_BT, x_BTD)
+    return x_BTD, tuple(None if vector is None else sharding.constrain(vector, 'batch') for vector in vectors)
 
   def head(self, x_BTD: jax.Array) -> jax.Array:
     """Logits [..., V] float32, soft-capped, of the normed last stream."""
@@ -235,9 +239,11 @@ def variables(params: dict) -> dict:
   return params if 'params' in params else {'params': params}
 
 
-def init(cfg: ModelConfig, seed: int) -> dict:
-  """Parameters of `Transformer(cfg)` from a seed, leaf by leaf (`layers.init_params`); stacked if `cfg.scan`."""
-  params = layers.init_params(Transformer(cfg.replace(scan=False)), seed, jnp.zeros((1, 1), jnp.int32))
+def init(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None) -> dict:
+  """Parameters of `Transformer(cfg)` from a seed, leaf by leaf (`layers.init_params`); stacked if `cfg.scan`. On a mesh every device
+  draws its own share."""
+  where = None if mesh is None else sharding.params(mesh, abstract(cfg))
+  params = layers.init_params(Transformer(cfg.replace(scan=False)), seed, jnp.zeros((1, 1), jnp.int32), shardings=where)
   return stack(cfg, params) if cfg.scan else params
 
 

@@ -5,7 +5,8 @@
   for new in generate.stream(cfg, params, [ids], max_new_tokens=64): ...
 
 Lengths are rounded up to a few buckets; another prompt, seed, temperature or stop set is no other program. Prompts are ragged;
-a row's tokens do not depend on its batch.
+a row's tokens do not depend on its batch. Where the parameters are on a mesh, so is all that is kept of a conversation, split as
+`sharding.rows` says.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma4_jax import compilation, kv_format
+from gemma4_jax import compilation, kv_format, sharding
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data.chat import STOP_IDS
 from gemma4_jax.model import kv_cache, quantized_cache, transformer
@@ -116,7 +117,8 @@ def score(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], cont
     raise ValueError(f'prompt and continuation: {longest} tokens are more than model.context_length = {cfg.context_length}')
   T = _bucket(longest)
   ids, seg = _padded(rows, T)
-  logprobs = np.asarray(_logprobs(cfg.replace(scan=False), params, ids, seg))
+  with sharding.use(sharding.of(params)):
+    logprobs = np.asarray(_logprobs(cfg.replace(scan=False), params, ids, seg))
   return [logprobs[i, len(p) - 1:len(row) - 1] for i, (p, row) in enumerate(zip(prompts, rows))]
 
 
@@ -136,11 +138,12 @@ class Session:
       raise ValueError(f'prompt and max_new_tokens: {capacity} tokens are more than model.context_length = {cfg.context_length}')
     if cfg.scan:
       raise ValueError('model.scan: sampling takes layers one by one: cfg.replace(scan=False) and transformer.unstack(cfg, params)')
-    self._cfg, self._params = cfg, params
+    self._cfg, self._params, self._mesh = cfg, params, sharding.of(params)
     self.capacity = capacity
-    cache = quantized_cache.make(cfg, batch, _bucket(capacity), kv)
-    self._state = _State(cache, jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,)), jnp.zeros((batch, cfg.vocab_size), bool),
-                         jnp.ones((batch,), bool), jnp.zeros((), jnp.int32))
+    empty = partial(_empty, cfg, batch, _bucket(capacity), kv)
+    if self._mesh is not None:
+      empty = jax.jit(empty, out_shardings=sharding.rows(self._mesh, jax.eval_shape(empty)))
+    self._state = empty()
     self._logits = None        # [B, V] of the token that comes next, until it is chosen
     self._pending = False      # whether `token_B` waits for its place in the cache
     self.length = np.zeros(batch, np.int64)
@@ -161,11 +164,14 @@ class Session:
     self._check_room(max(self.length + [len(row) for row in rows]))
     chunk = min(PREFILL_CHUNK, _bucket(longest))
     tokens, seg = _padded(rows, -(-longest // chunk) * chunk)
-    logits = jnp.zeros((len(rows), self._cfg.vocab_size), jnp.float32) if self._logits is None else self._logits
+    logits = self._logits
+    if logits is None:
+      logits = self._placed(jnp.zeros((len(rows), self._cfg.vocab_size), jnp.float32))
     cache, seen = self._state.cache, self._state.seen_BV
     for start in range(0, tokens.shape[1], chunk):
       part = slice(start, start + chunk)
-      cache, seen, logits = _prefill(self._cfg, self._params, cache, seen, logits, tokens[:, part], seg[:, part])
+      with sharding.use(self._mesh):
+        cache, seen, logits = _prefill(self._cfg, self._params, cache, seen, logits, tokens[:, part], seg[:, part])
     self._state = self._state.replace(cache=cache, seen_BV=seen)
     self._logits, self._pending = logits, False
     self.length += [len(row) for row in rows]
@@ -179,7 +185,7 @@ class Session:
     if samples < 1:
       raise ValueError(f'samples: {samples} is not positive')
     again = lambda x: jnp.repeat(x, samples, axis=0) if x.ndim else x
-    self._state, self._logits = jax.tree.map(again, (self._state, self._logits))
+    self._state, self._logits = self._placed(jax.tree.map(again, (self._state, self._logits)))
     self.length, self.stopped = (np.repeat(x, samples) for x in (self.length, self.stopped))
 
   def generate(self, max_new_tokens: int, *, sampling: Sampling | Sequence[Sampling] = Sampling(), seed: int | Sequence[int] = 0,
@@ -198,7 +204,9 @@ class Session:
     return self._generate(max_new_tokens, *choices, every)
 
   def _generate(self, max_new_tokens, settings, keys, stops, every):
-    self._state = _first(self._cfg, self._state, self._logits, settings, keys, stops)
+    settings, keys = self._placed((settings, keys))
+    with sharding.use(self._mesh):
+      self._state = _first(self._cfg, self._state, self._logits, settings, keys, stops)
     self._logits, self._pending = None, True
     B, slots = len(self.length), _bucket(min(every, max_new_tokens), 1)
     count, alive = 1, np.ones(B, bool)
@@ -210,8 +218,9 @@ class Session:
       if limit > 0 and not done.all():
         alive = ~done
         before = np.asarray(self._state.cache.length_B)
-        self._state, tokens, logprobs = _decode(
-            self._cfg, self._params, self._state, settings, keys, stops, jnp.int32(count + limit), slots=slots)
+        with sharding.use(self._mesh):
+          self._state, tokens, logprobs = _decode(
+              self._cfg, self._params, self._state, settings, keys, stops, jnp.int32(count + limit), slots=slots)
         tokens, logprobs, done, after = jax.device_get((tokens, logprobs, self._state.done_B, self._state.cache.length_B))
         for row, steps in enumerate(after - before):
           new[row] = ([*new[row][0], *tokens[row, :steps]], [*new[row][1], *logprobs[row, :steps]]) if alive[row] else new[row]
@@ -223,9 +232,17 @@ class Session:
       if done.all() or count >= max_new_tokens:
         return
 
+  def _placed(self, tree):
+    return tree if self._mesh is None else jax.device_put(tree, sharding.rows(self._mesh, tree))
+
   def _check_room(self, needed):
     if needed > self.capacity:
       raise ValueError(f'prompt and max_new_tokens: {needed} tokens are more than the {self.capacity} of this session')
+
+
+def _empty(cfg, batch, capacity, kv):
+  return _State(quantized_cache.make(cfg, batch, capacity, kv), jnp.zeros((batch,), jnp.int32), jnp.zeros((batch,)),
+                jnp.zeros((batch, cfg.vocab_size), bool), jnp.ones((batch,), bool), jnp.zeros((), jnp.int32))
 
 
 @partial(compilation.Jitted, options=compilation.lean_options, static_argnums=0, donate_argnums=(2, 3, 4))
@@ -234,7 +251,8 @@ def _prefill(cfg, params, cache, seen_BV, logits_BV, ids_BT, seg_BT):
   new_BV, out = transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, cache=cache, last_only=True)
   known_BT = jnp.where(seg_BT > 0, ids_BT, cfg.vocab_size)
   seen_BV = jax.vmap(lambda seen_V, ids_T: seen_V.at[ids_T].set(True, mode='drop'))(seen_BV, known_BT)
-  return out['cache'], seen_BV, jnp.where((seg_BT > 0).any(1)[:, None], new_BV[:, 0], logits_BV)
+  logits_BV = jnp.where((seg_BT > 0).any(1)[:, None], new_BV[:, 0], logits_BV)
+  return sharding.constrain_rows((out['cache'], seen_BV, logits_BV))
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=(1,))
@@ -252,7 +270,7 @@ def _decode(cfg, params, state, settings, keys_B, stops, limit, *, slots):
     seg_B1 = (~state.done_B).astype(jnp.int32)[:, None]
     logits, out = transformer.Transformer(cfg).apply(transformer.variables(params), state.token_B[:, None], None, seg_B1, cache=state.cache)
     at = state.count - start
-    state = _choose(state.replace(cache=out['cache']), logits[:, 0], settings, keys_B, stops)
+    state = _choose(state.replace(cache=sharding.constrain_rows(out['cache'])), logits[:, 0], settings, keys_B, stops)
     return state, tokens.at[:, at].set(state.token_B), logprobs.at[:, at].set(state.logprob_B)
 
   more = lambda carry: (carry[0].count < limit) & ~carry[0].done_B.all()

@@ -14,9 +14,10 @@ import dataclasses
 import os
 from pathlib import Path
 
+import jax
 import numpy as np
 
-from gemma4_jax import config as model_config, kv_format
+from gemma4_jax import config as model_config, kv_format, sharding
 from gemma4_jax.checkpoint import load as checkpoint, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.data import chat as chat_format
@@ -32,7 +33,7 @@ __all__ = ['Completion', 'Conversation', 'Model', 'Reply', 'Run', 'Stats', 'like
 
 def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokenizer: str | os.PathLike | None = None,
          ple_placement: str = 'device', ple_table: str = 'as_is', weights: str = 'as_is', kv: kv_format.KV = 'exact',
-         progress: bool = False) -> 'Model':
+         mesh: Mapping[str, int] | None = None, progress: bool = False) -> 'Model':
   """A model from a checkpoint directory of any kind that `checkpoint.load` reads.
 
   Beside the weights (a run's are in its folder) are read: tokenizer.json; chat_template.jinja, if there; generation_config.json,
@@ -47,6 +48,8 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
     weights: how the matrices are stored, of config.WEIGHTS: see `model.quantized`.
     kv: how keys and values are kept where a call does not say: what `kv_format.make` takes. The rotation of quantized values goes
       into the weights here (`quantized_cache.fold`); a cache that a call names works with either.
+    mesh: {'fsdp': 8, 'tensor': 4}, as `sharding.make_mesh` takes it: weights and caches are split over these devices. None: the
+      default device alone.
     progress: a bar, on a terminal.
   Raises:
     ValueError: one line, before a weight is read: what is wrong with the directory, a tokenizer that is not this model's, or a
@@ -58,6 +61,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   quantized.check(weights)
   kv = kv_format.make(kv)
   quantized_cache.check(kv)
+  devices = None if mesh is None else sharding.make_mesh(mesh)
   folder = found.home
   if tokenizer is None and not (folder / 'tokenizer.json').exists():
     raise ValueError(f'{folder}: no tokenizer.json; copy the one the model was trained with there, or name one (tokenizer)')
@@ -68,13 +72,14 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   template = chat_format.load_template(folder) if source.inside(folder, 'chat_template.jinja').exists() else None
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
   moved = (ple_placement, ple_table) != ('device', 'as_is') and found.cfg.embedding != 'frozen_table'   # a toy's, of another name
-  cfg, params = checkpoint.load(directory, param_dtype=param_dtype, progress=progress, host=[placing.TABLE] if moved else [])
-  cfg, params = _placed(cfg, params, ple_placement, ple_table, kv, weights, progress)
-  return Model(generate.fastest(cfg), params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg), kv)
+  cfg, params = checkpoint.load(directory, param_dtype=param_dtype, mesh=devices, progress=progress, host=[placing.TABLE] if moved else [])
+  cfg, params = _placed(cfg, params, devices, ple_placement, ple_table, kv, weights, progress)
+  return Model(cfg, params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg), kv)
 
 
 def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None = None, ple_placement: str = 'device',
-           ple_table: str = 'as_is', weights: str = 'as_is', kv: kv_format.KV = 'exact', progress: bool = False) -> 'Model':
+           ple_table: str = 'as_is', weights: str = 'as_is', kv: kv_format.KV = 'exact', mesh: Mapping[str, int] | None = None,
+           progress: bool = False) -> 'Model':
   """Random weights and a stand-in for the tokenizer, as large as the model's vocabulary: for tests, and for speed at full size.
 
   Args: as those of `load`.
@@ -88,16 +93,23 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
   kv = kv_format.make(kv)
   quantized_cache.check(kv)
   tokenizer = Tokenizer.stand_in(vocab_size=cfg.vocab_size)
-  cfg, params = _placed(cfg, transformer.init(cfg, seed), ple_placement, ple_table, kv, weights, progress)
-  return Model(generate.fastest(cfg), params, tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg), kv)
+  devices = None if mesh is None else sharding.make_mesh(mesh)
+  cfg, params = _placed(cfg, transformer.init(cfg, seed, devices), devices, ple_placement, ple_table, kv, weights, progress)
+  return Model(cfg, params, tokenizer, _named_stops(tokenizer), Sampling(), None, _empty_thought_channel(cfg), kv)
 
 
-def _placed(cfg, params, placement, storage, kv, weights, progress):
+def _placed(cfg, params, mesh, placement, storage, kv, weights, progress):
+  boxes = None if mesh is None else transformer.abstract(cfg)
   if (placement, storage) != ('device', 'as_is'):   # a model without such a table has it there, too
     cfg, params = placing.place(cfg, params, placement=placement, storage=storage, progress=progress)
   if 'quant' not in params:   # values of weights that came quantized are rotated beside them
     cfg, params = quantized_cache.fold(cfg, params, kv)
-  return cfg, params if weights == 'as_is' else quantized.quantize(cfg, params, weights, consume=True, progress=progress)
+  if weights != 'as_is':
+    params = quantized.quantize(cfg, params, weights, consume=True, progress=progress)
+  if mesh is None:
+    return generate.fastest(cfg), params
+  tree = transformer.variables(params)   # the native matvec is of one device
+  return cfg, jax.device_put(tree, sharding.variables(mesh, boxes, tree))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,6 +5,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax import sharding
+
 
 def token_nll(x_RD: jax.Array, table_VD: jax.Array, target_R: jax.Array, *, cap: float, chunk: int) -> jax.Array:
   """Returns -log p(target) in nats, float32 [R], of logits cap * tanh(x table^T / cap), a chunk of rows at a time.
@@ -13,13 +15,13 @@ def token_nll(x_RD: jax.Array, table_VD: jax.Array, target_R: jax.Array, *, cap:
     x_RD: the normed last stream, any float dtype; the logits and all that follows are float32.
     target_R: int32 in [0, V).
     cap: of the logits; 0 for none.
-    chunk: rows whose logits exist at once.
+    chunk: rows whose logits exist at once, on every part of a mesh that splits the batch.
   """
   def nll(args):
     x_CD, target_C = args
     logits_CV = _capped(_logits(x_CD, table_VD), cap)
     return jax.nn.logsumexp(logits_CV, axis=-1) - _pick(logits_CV, target_C)
-  return jax.lax.map(nll, _chunks(chunk, x_RD, target_R)).reshape(-1)[:len(target_R)]
+  return _joined(jax.lax.map(nll, _chunks(chunk, x_RD, target_R)), len(target_R))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -43,11 +45,11 @@ def _nll_sum_fwd(x_RD, table_VD, target_R, weight_R, cap, chunk):
       d_CV *= 1 - jnp.square(logits_CV / cap)
     d_CV = d_CV.astype(x_CD.dtype)
     dtable_VD += jnp.einsum('CV,CD->VD', d_CV, x_CD, preferred_element_type=jnp.float32)
-    return (total, dtable_VD), d_CV @ table_VD.astype(x_CD.dtype)
+    return (total, sharding.constrain(dtable_VD, 'vocab', 'embed')), d_CV @ table_VD.astype(x_CD.dtype)
 
-  start = jnp.zeros(()), jnp.zeros(table_VD.shape, jnp.float32)
+  start = jnp.zeros(()), sharding.constrain(jnp.zeros(table_VD.shape, jnp.float32), 'vocab', 'embed')
   (total, dtable_VD), dx = jax.lax.scan(body, start, _chunks(chunk, x_RD, target_R, weight_R))
-  return total, (dx.reshape(-1, x_RD.shape[-1])[:len(x_RD)], dtable_VD.astype(table_VD.dtype))
+  return total, (_joined(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype))
 
 
 def _nll_sum_bwd(cap, chunk, grads, g):
@@ -59,7 +61,8 @@ nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
 
 
 def _logits(x_CD, table_VD):
-  return jnp.einsum('CD,VD->CV', x_CD, table_VD.astype(x_CD.dtype), preferred_element_type=jnp.float32)
+  logits_CV = jnp.einsum('CD,VD->CV', x_CD, table_VD.astype(x_CD.dtype), preferred_element_type=jnp.float32)
+  return sharding.constrain(logits_CV, 'batch', 'vocab')
 
 
 def _capped(logits, cap):
@@ -70,10 +73,29 @@ def _pick(logits_CV, target_C):
   return jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0]
 
 
+def _parts(n):
+  """Into which a mesh splits the rows: each is chunked by itself, so that no row leaves its device."""
+  shards = sharding.batch_shards()
+  return 1 if n % shards else shards
+
+
 def _chunks(chunk, *rows):
-  """[R, ...] -> [ceil(R / chunk), chunk, ...], padded with zeros; fewer rows than a chunk are one chunk of their own size."""
-  n = len(rows[0])
+  """[R, ...] -> [chunks, rows of a chunk, ...], padded with zeros; fewer rows than a chunk are one chunk of their own size."""
+  parts = _parts(len(rows[0]))
+  n = len(rows[0]) // parts
   chunk = min(chunk, n)
   count = -(-n // chunk)
-  pad = lambda x: jnp.pad(x, [(0, count * chunk - n)] + [(0, 0)] * (x.ndim - 1)).reshape(count, chunk, *x.shape[1:])
-  return tuple(pad(x) for x in rows)
+
+  def split(x):
+    rest = x.shape[1:]
+    x = jnp.pad(x.reshape(parts, n, *rest), [(0, 0), (0, count * chunk - n)] + [(0, 0)] * len(rest))
+    x = x.reshape(parts, count, chunk, *rest).swapaxes(0, 1).reshape(count, parts * chunk, *rest)
+    return sharding.constrain(x, None, 'batch')
+  return tuple(map(split, rows))
+
+
+def _joined(chunks, total):
+  """The inverse, for an array."""
+  parts, rest = _parts(total), chunks.shape[2:]
+  x = chunks.reshape(len(chunks), parts, -1, *rest).swapaxes(0, 1).reshape(parts, -1, *rest)
+  return x[:, :total // parts].reshape(total, *rest)

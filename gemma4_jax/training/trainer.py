@@ -14,6 +14,7 @@ import time
 from typing import NamedTuple
 
 from absl import logging
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -89,28 +90,30 @@ def make_nll(cfg: model_config.ModelConfig, loss_chunk: int):
 
 
 def init_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
-  """The state at step 0, every array sharded as `sharding` says; moments of the optimizer are split as their parameters."""
-  where = param_shardings(cfg, mesh)
-  params = jax.device_put(transformer.init(cfg, seed), where)
+  """The state at step 0, as `abstract_state` says."""
+  where = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, tx, mesh))
+  params = jax.device_put(transformer.init(cfg, seed, mesh), where.params)
+  return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, jax.jit(tx.init, out_shardings=where.opt_state)(params))
+
+
+def abstract_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> State:
+  """Shapes of the state, every array sharded as `sharding` says; moments of the optimizer are split as their parameters."""
+  shape = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  boxes = transformer.abstract(cfg)
+  where, params = sharding.params(mesh, boxes), nn.meta.unbox(boxes)
+  if cfg.scan:
+    where = transformer.stack(cfg, where, join=lambda *ws: sharding.stacked(ws[0]))
+    params = transformer.stack(cfg, params, join=lambda *ws: jax.ShapeDtypeStruct((len(ws), *ws[0].shape), ws[0].dtype))
+  whole = sharding.replicated(mesh)
   by_path = {_names(path): one for path, one in jax.tree_util.tree_leaves_with_path(where)}
-  moments = jax.tree_util.tree_map_with_path(
-      lambda path, _: by_path.get(_names(path), sharding.replicated(mesh)), jax.eval_shape(tx.init, params))
-  opt_state = jax.jit(tx.init, out_shardings=moments)(params)
-  return State(jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh)), params, opt_state)
+  opt_state = jax.tree_util.tree_map_with_path(lambda path, x: shape(x, by_path.get(_names(path), whole)), jax.eval_shape(tx.init, params))
+  return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), jax.tree.map(shape, params, where), opt_state)
 
 
 def _names(path) -> tuple[str, ...]:
   """The dict keys at the end of a path: a parameter's names, in the tree of parameters and in an optimizer's."""
   is_name = lambda key: isinstance(key, jax.tree_util.DictKey)
   return tuple(reversed([key.key for key in itertools.takewhile(is_name, reversed(path))]))
-
-
-def param_shardings(cfg: model_config.ModelConfig, mesh: jax.sharding.Mesh) -> dict:
-  """A sharding for every parameter; stacked weights keep their leading axis whole."""
-  canonical = sharding.params(mesh, transformer.abstract(cfg))
-  if not cfg.scan:
-    return canonical
-  return transformer.stack(cfg, canonical, join=lambda *ws: sharding.stacked(ws[0]))
 
 
 @dataclasses.dataclass

@@ -8,6 +8,7 @@
 
 import jax
 
+from gemma4_jax import hardware
 from gemma4_jax.turboquant import pallas, reference
 from gemma4_jax.turboquant.reference import Part, Partial, Stored, exact, merge, normalize, separate, unified
 
@@ -17,8 +18,8 @@ IMPLEMENTATIONS = ('xla', 'pallas_tpu', 'pallas_gpu', 'interpret')
 
 
 def choose(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array) -> str:
-  """What `attend` takes where nobody says: the kernel of the default device, and 'xla' where it has none or cannot take the shapes."""
-  device = jax.default_backend()
+  """What `attend` takes where nobody says: the kernel of the device (`hardware.platform`), 'xla' where it has none for the shapes."""
+  device = hardware.platform()
   if device not in ('tpu', 'gpu') or pallas.unsupported(parts, stored, q_BKGD, device):
     return 'xla'
   return f'pallas_{device}'
@@ -48,6 +49,6 @@ def check(implementation: str | None) -> None:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}')
   backend = implementation.removeprefix('pallas_')
-  if backend not in ('xla', 'interpret', jax.default_backend()):
+  if backend not in ('xla', 'interpret', hardware.platform()):
     raise NotImplementedError(f'implementation={implementation!r} needs a {backend.upper()}; the default device is a '
-                              f"{jax.default_backend().upper()}: take 'xla', or None")
+                              f"{hardware.platform().upper()}: take 'xla', or None")
