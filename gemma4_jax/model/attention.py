@@ -1,5 +1,6 @@
 """Attention: local and global layers, K/V shared between layers, and keys that double as values."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,10 +8,12 @@ from flax import linen as nn, struct
 import jax
 import jax.numpy as jnp
 
+from gemma4_jax import sharding
 from gemma4_jax.config import VALUE, LayerSpec, ModelConfig
 from gemma4_jax.model import layers
 
 _BLOCK = 128   # queries of one block of scores, at least
+_SCORES = 2**27   # bytes of float32 scores that a device holds at once, where they can be had in blocks of so many queries
 MASKED = -2.3819763e38   # a float32 whose exp is 0, yet finite: a row with nothing to see stays free of NaN
 
 
@@ -84,18 +87,39 @@ def mix(logits_BKRS: jax.Array, v_BKSH: jax.Array, seen_BTS: jax.Array, shape: t
   return out_BKTGH.astype(v_BKSH.dtype).swapaxes(1, 2).reshape(shape)
 
 
+def in_blocks(attend: Callable[[jax.Array, Stream], jax.Array], q_BTNH: jax.Array, stream: Stream, keys: int) -> jax.Array:
+  """attend(q_BTNH, stream), but of so many queries at a time that scores against `keys` keys stay below `_SCORES` bytes, whatever T
+  is. The backward pass computes them again."""
+  B, T, N, _ = q_BTNH.shape
+  most = max(_BLOCK, _SCORES // max(1, 4 * B * N * keys // sharding.batch_shards()))
+  if T <= most:
+    return attend(q_BTNH, stream)
+  n = -(-T // most)
+  size = -(-T // n)
+
+  def split(x):   # [B, T, ...] -> [n, B, size, ...], padded with segment 0
+    x = jnp.pad(x, [(0, 0), (0, n * size - T)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(B, n, size, *x.shape[2:]), 1, 0)
+
+  outs = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), jax.tree.map(split, (q_BTNH, stream)))
+  return jnp.moveaxis(outs, 0, 1).reshape(B, n * size, *outs.shape[3:])[:, :T]
+
+
 def attend_causal(q_BTNH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, stream: Stream, window: int | None,
                   scale: float) -> jax.Array:
   """As `attend` of queries and keys that are the same tokens. In blocks, each with the keys up to its end: of four, 5/8 of the
-  T x T scores; the rest nobody sees."""
+  T x T scores; the rest nobody sees. Of those of a long sequence each is again `in_blocks`."""
   T = q_BTNH.shape[1]
   size = max(_BLOCK, -(-T // 4))
   outs = []
   for start in range(0, T, size):
     end = min(start + size, T)
     queries = jax.tree.map(lambda x: x[:, start:end], stream)
-    seen = see(queries, stream.pos_BT[:, :end], stream.seg_BT[:, :end], window)
-    outs.append(attend(q_BTNH[:, start:end], k_BKTH[:, :, :end], v_BKTH[:, :, :end], seen, scale))
+
+    def block(q_BTNH, queries, end=end):
+      seen = see(queries, stream.pos_BT[:, :end], stream.seg_BT[:, :end], window)
+      return attend(q_BTNH, k_BKTH[:, :, :end], v_BKTH[:, :, :end], seen, scale)
+    outs.append(in_blocks(block, q_BTNH[:, start:end], queries, end))
   return jnp.concatenate(outs, axis=1)
 
 

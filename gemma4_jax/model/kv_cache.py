@@ -149,9 +149,12 @@ class _Slots:
 
   def attend(self, q_BTNH, stream, window, scale):
     pos_BS = self.cache.positions(self.length_B)
-    seen = attention.see(stream, pos_BS, (pos_BS >= 0).astype(jnp.int32), window)
-    logits = self.cache.scores(q_BTNH, scale, self.key_scale_H)
-    return attention.mix(logits, self.cache.v_BKSH.astype(q_BTNH.dtype), seen, q_BTNH.shape)
+
+    def block(q_BTNH, stream):
+      seen = attention.see(stream, pos_BS, (pos_BS >= 0).astype(jnp.int32), window)
+      logits = self.cache.scores(q_BTNH, scale, self.key_scale_H)
+      return attention.mix(logits, self.cache.v_BKSH.astype(q_BTNH.dtype), seen, q_BTNH.shape)
+    return attention.in_blocks(block, q_BTNH, stream, pos_BS.shape[1])
 
 
 @struct.dataclass

@@ -125,3 +125,25 @@ def test_values_of_a_k_eq_v_layer_are_its_keys_before_norm_and_rotation():
   params['v'] = params['k']   # the same weights twice: an ordinary layer
   ordinary = attention.Attention(cfg, dataclasses.replace(spec, k_eq_v=False))
   np.testing.assert_allclose(quick.apply(ordinary, params, x, stream)[1].v_BSKH, expected, atol=1e-5)
+
+
+def test_scores_of_many_queries_are_made_in_blocks_that_change_no_number_and_bound_the_memory(monkeypatch):
+  B, T, N, K, H = 1, 512, 4, 2, 8
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.float32(rng.standard_normal((B, T, n, H))) for n in (N, K, K))
+  pos = jnp.arange(T, dtype=jnp.int32)[None]
+  stream = attention.Stream(pos, jnp.ones_like(pos).at[:, 300:].set(2).at[:, 505:].set(0), {})
+
+  def run():
+    def loss(q, k, v):
+      out = attention.FreshKV(k, v).attend(q, stream, None, 0.3)
+      return (out * jnp.cos(out)).sum(), out
+    made = quick.jit(lambda *qkv: jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*qkv)).lower(q, k, v).compile()
+    return made(q, k, v), made.memory_analysis().temp_size_in_bytes
+
+  whole, memory = run()
+  monkeypatch.setattr(attention, '_SCORES', 4 * N * T * 24)
+  monkeypatch.setattr(attention, '_BLOCK', 24)   # five blocks and a bit of each quarter
+  parts, less = run()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
+  assert less < memory / 2
