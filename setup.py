@@ -32,6 +32,9 @@ setuptools.setup(
         'lm_eval': ['lm_eval>=0.4.13'],                 # cli.evaluate --task=lm_eval:NAME
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
+        'aot': [    # compilers for machines that are not here: libtpu as JAX itself pins it, the CUDA plugin of JAX's own version
+            'jax[tpu]', "jax-cuda13-plugin==0.10.2; python_version < '3.12'", "jax-cuda13-pjrt==0.10.2; python_version < '3.12'",
+            "jax-cuda13-plugin==0.12.0.1; python_version >= '3.12'", "jax-cuda13-pjrt==0.12.0.1; python_version >= '3.12'"],
         'cuda': ['jax[cuda13]'],
         'tpu': ['jax[tpu]'],
     },

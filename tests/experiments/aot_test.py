@@ -1,0 +1,106 @@
+"""What the compilers of machines that are not here say, and how it is read."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+import pytest
+
+from experiments.aot import __main__ as aot, flops, hlo, program, targets
+from gemma4_jax import config, sharding
+from gemma4_jax.turboquant import ops, packing, pallas, reference
+from gemma4_jax.turboquant.quantizer import Quantizer
+
+CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=0, double_wide_mlp=False, num_heads=8, mlp_dim=128,
+                    global_head_dim=64)
+
+
+def devices(name):
+  try:
+    return targets.devices(targets.find(name))
+  except ImportError as error:
+    pytest.skip(str(error))
+
+
+@pytest.mark.parametrize('target', ['v6e-8', 'h100x8'])
+def test_a_sharded_training_step_compiles_for_machines_that_are_not_here(target):
+  mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2}, devices(target))
+  traced, lowered = program.lower(CFG, program.Job('train', batch=4, context=32), mesh)
+  compiled = lowered.compile()
+  state = sum(x.size * x.dtype.itemsize for x in traced.jaxpr.in_avals)
+  assert state / 8 < compiled.memory_analysis().argument_size_in_bytes < state / 4   # TPUs fill small arrays up to a tile
+  assert hlo.collectives(compiled.as_text())['all-gather']['count'] > 0
+
+
+@pytest.mark.parametrize('target', ['v6e-4', 'h100x4'])
+def test_a_sharded_decode_loop_compiles_for_machines_that_are_not_here(target):
+  mesh = sharding.make_mesh({'tensor': 4}, devices(target))
+  traced, lowered = program.lower(CFG, program.Job('decode', batch=2, context=64, weights='int8'), mesh)
+  assert hlo.collectives(lowered.compile().as_text())['all-reduce']['count'] >= 2   # after the heads, and after the MLP
+  assert flops.count(traced.jaxpr) > 2 * 2 * CFG.vocab_size * CFG.width
+
+
+@pytest.mark.filterwarnings('ignore:.*[Tt]riton.*:DeprecationWarning')
+@pytest.mark.parametrize(('target', 'backend'), [('v5e-1', 'tpu'), ('h100x1', 'gpu')])
+def test_the_kernel_over_packed_codes_compiles_for_devices_that_are_not_here(target, backend):
+  mesh = sharding.make_mesh({}, devices(target))
+  where = NamedSharding(mesh, PartitionSpec())
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=where)
+  parts = ops.unified(Quantizer(128, 4, grid='uniform'), Quantizer(128, 8, grid='absmax'))
+  stored = tuple(reference.Stored(shape((2, 2, 2048, packing.bytes_per_row(part.quantizer.bits, part.dim)), jnp.uint8),
+                                  shape((2, 2, part.blocks, 2048), part.quantizer.scale_dtype)) for part in parts)
+  q, edge = shape((2, 2, 3, reference.width(parts, 'keys')), 'bfloat16'), shape((2,), jnp.int32)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    assert ops.choose(parts, stored, q) == f'pallas_{backend}'   # of the mesh in use, not of the machine that compiles
+    lowered = jax.jit(functools.partial(pallas.attend, parts, backend=backend)).lower(stored, q, edge, edge)
+  assert hlo.kernels(lowered.compile().as_text())
+
+
+TEXT = '''HloModule m
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %x = f32[8] get-tuple-element(%p), index=1
+  %all-reduce-start.1 = f32[8] all-reduce-start(%x), to_apply=%add
+}
+
+%cond (p.1: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (a: bf16[4,2]) -> f32[8] {
+  %all-gather-start = ((bf16[4,2], bf16[2]), (bf16[8,2], bf16[4])) all-gather-start(%a, %b), dimensions={0}
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body
+}
+'''
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+  assert hlo.collectives(TEXT) == {'all-gather': {'count': 1, 'bytes': 8 * 2 * 2 + 4 * 2}, 'all-reduce': {'count': 5, 'bytes': 5 * 32}}
+  known = TEXT.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+  assert hlo.collectives(known)['all-reduce']['count'] == 7
+
+
+def test_flops_are_those_of_matmuls_with_loops_and_recomputation():
+  def f(x):
+    y, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=3)
+    return jnp.sum(jax.checkpoint(lambda y: y @ y @ y)(y))
+  one = 2 * 4**3
+  assert flops.count(jax.jit(f).trace(jnp.ones((4, 4))).jaxpr) == (3 + 2) * one
+  assert flops.count(jax.jit(jax.grad(f)).trace(jnp.ones((4, 4))).jaxpr) >= (3 + 2 + 6 + 4 + 1) * one   # backward twice, and once more
+
+
+def test_slices_have_their_vendors_names_and_others_are_refused():
+  assert targets.find('v5p-16').count == 8 and targets.find('v5e-64').count == 64 and targets.find('h200x1').platform == 'gpu'
+  for name, match in [('v5e-3', 'slices of v5e are v5e-1, v5e-4'), ('h100-8', 'give one of'), ('v5p-4', 'slices of v5p are v5p-8'),
+                      ('h100x0', 'at least')]:
+    with pytest.raises(ValueError, match=match):
+      targets.find(name)
+
+
+def test_every_row_of_the_table_has_a_name_of_its_own():
+  parser = aot._parser()
+  names = [aot.describe(parser.parse_args(flags.split())) for flags in aot.TABLE]
+  assert len(set(names)) == len(names) and all('context=' in name for name in names)
