@@ -1,4 +1,4 @@
-r"""What quantized keys and values do to a language model: loss, divergence and top token, by method and by preset, intervals over documents.
+r"""What quantized keys and values do to a language model: loss, divergence and top token, by method and by preset.
 
   python -m experiments.turboquant.caches --workdir=runs/caches [--models=e2b-toy,31b-toy] [--seeds=2] [--steps=1200] [--out=DIR]
 
@@ -26,7 +26,7 @@ import rich.progress
 
 from configs import base
 from experiments import figures, report, statistics
-from gemma4_jax import kv_format, metrics, provenance
+from gemma4_jax import metrics, provenance
 from gemma4_jax.evaluation import checkpoint as checkpoint_lib, documents as documents_lib
 from gemma4_jax.model import attention, kv_cache, quantized_cache, transformer
 from gemma4_jax.sampling import generate, text
@@ -37,8 +37,8 @@ from gemma4_jax.turboquant import methods
 LENGTH, CHUNK, NEW = 1024, 16, 128
 # Of `turboquant.methods`, and what they are beside: the same bits otherwise spent.
 METHODS = ('turboquant2', 'turboquant3', 'turboquant4', 'turboquant6', 'turboquant8_absmax', 'turboquant4_norm', 'turboquant4_uniform',
-           'turboquant4_none', 'turboquant2.5', 'turboquant3.5', 'prod3', 'prod4', 'prod4_orthogonal', 'polar4222', 'int4', 'int8', 'int4_minmax',
-           'int3_minmax', 'int4_rotated', 'kivi_values2', 'q4_0', 'q8_0', 'nf4', 'fp8_e4m3')
+           'turboquant4_none', 'turboquant2.5', 'turboquant3.5', 'prod3', 'prod4', 'prod4_orthogonal', 'polar4222', 'int4', 'int8',
+           'int4_minmax', 'int3_minmax', 'int4_rotated', 'kivi_values2', 'q4_0', 'q8_0', 'nf4', 'fp8_e4m3')
 SIDES = ('both', 'keys', 'values')
 ONE_SIDED = ('turboquant2', 'turboquant3', 'turboquant4')          # also with keys alone, values alone
 PRESETS = ('quality', 'turboquant', 'extreme', 'turboquant,recent=1,sinks=0', 'turboquant,recent=1,sinks=0,grid=lloyd_max',
@@ -55,7 +55,8 @@ class Decoded:
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
     quantizer = methods.make(self.method, self.dim)
     back = lambda x: quantizer.decode(quantizer.encode(x.swapaxes(1, 2))).swapaxes(1, 2).astype(x.dtype)   # [.., tokens, dim]
-    return _Read(self, attention.FreshKV(back(k_BTKH) if self.side != 'values' else k_BTKH, back(v_BTKH) if self.side != 'keys' else v_BTKH))
+    k_BTKH, v_BTKH = back(k_BTKH) if self.side != 'values' else k_BTKH, back(v_BTKH) if self.side != 'keys' else v_BTKH
+    return _Read(self, attention.FreshKV(k_BTKH, v_BTKH))
 
 
 @struct.dataclass
@@ -124,11 +125,11 @@ def examine(model: text.Model, documents: Sequence[documents_lib.Document], batc
   for name in METHODS:
     bits = methods.make(name, cfg.layers[-1].head_dim).bits_per_number
     for side in SIDES if name in ONE_SIDED else SIDES[:1]:
-      rows.append({'kind': 'method', 'name': name, 'side': side, 'bits': bits} | measured(lambda B: decoded(cfg, B, name, side), LENGTH))  # noqa: B023
+      rows.append({'kind': 'method', 'name': name, 'side': side, 'bits': bits} | measured(lambda B: decoded(cfg, B, name, side), LENGTH))
   for name in PRESETS:
-    held = jax.eval_shape(lambda: quantized_cache.make(cfg, 1, 32 * LENGTH, name))  # noqa: B023
+    held = jax.eval_shape(lambda: quantized_cache.make(cfg, 1, 32 * LENGTH, name))
     rows.append({'kind': 'preset', 'name': name, 'bytes_32k': held.nbytes}
-                | measured(lambda B: quantized_cache.make(cfg, B, LENGTH, name), CHUNK))  # noqa: B023
+                | measured(lambda B: quantized_cache.make(cfg, B, LENGTH, name), CHUNK))
   prompts = [one.tolist() for one in ids[:batch, :LENGTH // 2]]
   settings = dict(max_new_tokens=NEW, sampling=GREEDY, stop_ids=())
   said = [out.tokens for out in generate.generate(cfg, params, prompts, **settings)]
@@ -171,7 +172,8 @@ def tables(name: str, rows: Sequence[Mapping], greedy: Sequence[Mapping]) -> lis
 
 def draw(combined: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> pathlib.Path:
   figure, (axes,) = figures.grid(6.5 * len(combined), 4.8, len(combined), sharey=True)
-  styles = {'turboquant': ('#0072B2', 'o'), 'prod': ('#D55E00', 's'), 'polar': ('#009E73', 'D'), 'int': ('#E69F00', 'P'), '': ('#555555', 'v')}
+  styles = {'turboquant': ('#0072B2', 'o'), 'prod': ('#D55E00', 's'), 'polar': ('#009E73', 'D'), 'int': ('#E69F00', 'P'),
+            '': ('#555555', 'v')}
   for axis, (name, rows) in zip(axes, combined.items()):
     for row in rows:
       if row['kind'] == 'method' and row['side'] == 'both':
@@ -210,7 +212,7 @@ def main(argv=None) -> None:
       with rich.progress.Progress(console=console) as progress:
         total = 1 + len(METHODS) + 2 * len(ONE_SIDED) + len(PRESETS) + 3
         task = progress.add_task(f'{name}, seed {seed}', total=total)
-        found.setdefault(name, []).append(examine(model, documents, 8, lambda: progress.advance(task)))  # noqa: B023
+        found.setdefault(name, []).append(examine(model, documents, 8, lambda: progress.advance(task)))
       trained.setdefault(name, []).append(json.loads((folder / 'DONE').read_text())['metrics'])
   combined = combine(found)
   shown = [table for name in names for table in tables(name, combined[name], [one['greedy'] for one in found[name]])]
