@@ -31,7 +31,7 @@ EMBEDDING_ARMS = {
 PLE_ARMS = tuple(arm for arm, inject in EMBEDDING_ARMS.items() if inject in (GATE, UNGATED))
 PLE_PLACEMENTS = ('device', 'host', 'folded', 'folded_host')
 PLE_TABLES = ('as_is', 'bfloat16', 'int8', 'int4')
-WEIGHTS = ('as_is', 'int8')   # of the other matrices, for inference: `model.quantized`
+WEIGHTS = ('as_is', 'int8', 'int4', 'nf4', *(f'turboquant{bits}' for bits in (2, 3, 4, 5, 6, 8)))   # of matrices: `model.quantized`
 
 _CHOICES = {
     'embedding': tuple(EMBEDDING_ARMS),

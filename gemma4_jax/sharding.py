@@ -102,8 +102,8 @@ def params(mesh: Mesh, boxes) -> dict:
 def variables(mesh: Mesh, boxes, tree) -> dict:
   """A NamedSharding for every array of what a model reads, {'params': ..., 'quant': ...}.
 
-  Those of a quantized weight are [rows, ...], rows being outputs and the last axis, if there are two, inputs (`turboquant.weights`);
-  those of a placed PLE table are [V, ...].
+  Those of a quantized weight have outputs as rows and, if there are two axes, inputs as the other (`turboquant.weights`: codes [rows,
+  inputs], scales [rows] or [groups, rows]); those of a placed PLE table are [V, ...].
 
   Args:
     boxes: as `params` takes them, of all weights.
@@ -119,8 +119,12 @@ def variables(mesh: Mesh, boxes, tree) -> dict:
       return NamedSharding(mesh, spec(mesh, x.shape, ('rows',)))
     if x.shape == box.value.shape:
       return NamedSharding(mesh, spec(mesh, x.shape, box.names))
-    outputs = next(n for n in range(1, len(box.names)) if math.prod(box.value.shape[:n]) == x.shape[0])
+    scales = getattr(path[-1], 'name', None) == 'scale'
+    rows = x.shape[-1] if scales else x.shape[0]
+    outputs = next(n for n in range(1, len(box.names)) if math.prod(box.value.shape[:n]) == rows)
     over = spec(mesh, box.value.shape, box.names)
+    if scales:
+      return NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), over[0]))
     inputs = over[outputs] if x.ndim == 2 else None
     divides = inputs is not None and x.shape[1] % math.prod(mesh.shape[axis] for axis in np.ravel(inputs)) == 0
     return NamedSharding(mesh, PartitionSpec(over[0], *([inputs] if divides else [])))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gemma4_jax import config as model_config, sharding
-from gemma4_jax.checkpoint import google, hf, orbax, shards, source
+from gemma4_jax.checkpoint import google, hf, orbax, packed, shards, source
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import transformer
 
@@ -20,7 +20,7 @@ _MODEL_TYPES = ('gemma4', 'gemma4_text', 'gemma4_unified', 'gemma4_unified_text'
 
 def load(path: str | Path, *, config: ModelConfig | None = None, param_dtype: str | None = None, mesh: jax.sharding.Mesh | None = None,
          host: Iterable[str] = (), check_nan: bool = False, progress: bool = False) -> tuple[ModelConfig, dict]:
-  """(config, parameters) of a checkpoint: Hugging Face's directory, Google's Orbax tree, our export, or a run's folder.
+  """(config, parameters) of a checkpoint: Hugging Face's directory, Google's Orbax tree, our exports, or a run's folder.
 
   One weight at a time is read from its memory-mapped file, cast and placed: host memory holds what is kept there and the largest
   weight. Arrays of Orbax are read whole, 128 MB or one larger array (which may stack layers) at a time.
@@ -35,33 +35,39 @@ def load(path: str | Path, *, config: ModelConfig | None = None, param_dtype: st
     check_nan: refuses weights that are not finite.
     progress: a bar, on a terminal.
   Returns:
-    the config, with the dtypes of what was loaded and `scan` off, and the canonical per-layer tree.
+    the config, with the dtypes of what was loaded and `scan` off, and the canonical per-layer tree; of a quantized checkpoint the
+    variables {'params': .., 'quant': ..} of `model.quantized`, which takes the place of the tree wherever it is only applied.
   Raises:
     ValueError: the directory is not whole, not safe or not a model that this package has; one line.
   """
   found = find(path, config)
-  cfg, stored = found.cfg, {piece.dtype.name for piece in found.pieces}
+  cfg, stored = found.cfg, {piece.dtype.name for piece in found.pieces if not piece.fixed}
   if param_dtype is not None:
     cfg = cfg.replace(param_dtype=param_dtype, dtype=param_dtype)
   elif not stored <= {'float32', 'bfloat16'}:
     raise ValueError(f"{found.folder}: weights are stored as {', '.join(sorted(stored))}; give param_dtype='float32' or 'bfloat16'")
-  boxes = transformer.abstract(cfg)
+  boxes = transformer.abstract(cfg.replace(ple_table='as_is'))
   known = flatten(boxes)
   host = set(host)
+  if mesh is not None and any(piece.fixed for piece in found.pieces):
+    raise ValueError(f'{found.folder}: holds quantized weights, which are for one device: give no mesh')
   for name in sorted(host - known.keys()):
     raise ValueError(f'host: no weight {name!r}; did you mean {model_config.nearest(name, list(known))!r}?')
   shardings = flatten(sharding.params(mesh, boxes)) if mesh is not None else dict.fromkeys(known)
 
+  on_host = lambda name: name in host or f'{name.rpartition("/")[0]}/table' in host   # also codes and scale of a table in few bits
   params = {}
   with source.bar(f'loading {found.folder.name}', found.nbytes, progress) as advance:
     for piece, weights in found.read():
       if check_nan:
         source.check_finite(piece.name, weights)
-      dtype = np.dtype(piece.dtype if param_dtype is None else source.DTYPES[param_dtype])
+      dtype = np.dtype(piece.dtype if param_dtype is None or piece.fixed else source.DTYPES[param_dtype])
       for name, weight in weights.items():
-        params[name] = weight.astype(dtype, copy=False) if name in host else _place(weight, dtype, shardings[name])
-      jax.block_until_ready([params[name] for name in weights if name not in host])   # else copies on their way add up
+        params[name] = weight.astype(dtype, copy=False) if on_host(name) else _place(weight, dtype, shardings.get(name))
+      jax.block_until_ready([params[name] for name in weights if not on_host(name)])   # else copies on their way add up
       advance(piece.nbytes)
+  if found.formats:
+    return cfg, {kind: unflatten(flat) for kind, flat in packed.variables(cfg, params, found.formats).items()}
   return cfg, unflatten(params)
 
 
@@ -81,6 +87,10 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
     found = _ours('a checkpoint of a run', steps[-1], orbax.STATE, config)
   elif (path / orbax.STATE).is_dir():
     found = _ours('a checkpoint of a run', path, orbax.STATE, config)
+  elif (path / packed.FOLDER).is_dir():
+    if config is not None:
+      raise ValueError(f'{path}: holds quantized weights, whose config is part of them: give none')
+    found = packed.find(path)
   elif (path / orbax.PARAMS).is_dir():
     found = _ours('our Orbax export', path, orbax.PARAMS, config)
   elif (path / '_METADATA').is_file():

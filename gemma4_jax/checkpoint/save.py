@@ -56,7 +56,7 @@ def write_hf(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.n
   shards.write(folder, stored, read, max_shard_bytes, wrote)
   config['dtype'] = stored[next(iter(stored))][0].name
   (folder / 'config.json').write_text(json.dumps(config, indent=2, sort_keys=True) + '\n')
-  _copy(tokenizer, folder)
+  copy_tokenizer(tokenizer, folder)
 
 
 def write_orbax(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | np.ndarray], *, dtype: str | None = None,
@@ -64,10 +64,11 @@ def write_orbax(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | n
   """`save_orbax` into a new directory, of path -> weight."""
   stored = cfg.replace(scan=False, **(dict(param_dtype=dtype, dtype=dtype) if dtype else {}))
   orbax.save_params(folder, stored, load.unflatten(flat), source.DTYPES[dtype] if dtype else None)
-  _copy(tokenizer, folder)
+  copy_tokenizer(tokenizer, folder)
 
 
-def _copy(src, folder):
+def copy_tokenizer(src: str | Path | None, folder: Path) -> None:
+  """Files of `COPIED` that `src` has."""
   for name in COPIED if src else ():
     if (Path(src) / name).exists():
       shutil.copyfile(source.inside(Path(src), name), folder / name)

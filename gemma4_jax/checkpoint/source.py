@@ -29,11 +29,13 @@ class Piece:
   Attributes:
     name, dtype, shape: as stored.
     split: the stored array -> views of it: our path -> weight.
+    fixed: it is part of a quantized weight, and never cast.
   """
   name: str
   dtype: np.dtype
   shape: tuple[int, ...]
   split: Callable[[np.ndarray], dict[str, np.ndarray]]
+  fixed: bool = False
 
   @property
   def size(self) -> int:
@@ -54,6 +56,7 @@ class Source:
     home: where files of tokenizer and settings are: `folder`, or that of the run.
     fetch: names of pieces -> their arrays; where the format allows, memory-mapped.
     skipped: names of the weights of towers, which this model does not have.
+    formats: our path -> format of weights that are stored quantized, as pieces 'path/codes' and 'path/scale'.
   """
   kind: str
   folder: Path
@@ -62,6 +65,7 @@ class Source:
   pieces: tuple[Piece, ...]
   fetch: Callable[[list[str]], list[np.ndarray]]
   skipped: tuple[str, ...] = ()
+  formats: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def read(self) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
     """Every piece and its weights (our path -> weight, as stored), `_BATCH_BYTES` or one larger piece at a time."""
@@ -82,8 +86,8 @@ class Source:
 
   @property
   def dtype(self) -> str:
-    """The dtype of most of its bytes."""
-    return max(DTYPES, key=lambda name: sum(piece.nbytes for piece in self.pieces if piece.dtype == DTYPES[name]))
+    """The dtype of most of its bytes that are no codes."""
+    return max(DTYPES, key=lambda name: sum(piece.nbytes for piece in self.pieces if piece.dtype == DTYPES[name] and not piece.fixed))
 
 
 def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()) -> None:

@@ -114,7 +114,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) ->
   model.add_argument('--ple_placement', choices=PLE_PLACEMENTS, default='device',
                      help='where the PLE table is, and whether the rest of PLE is folded into it (default: %(default)s)')
   model.add_argument('--ple_table', choices=PLE_TABLES, default='as_is', help='how it is stored (default: %(default)s)')
-  model.add_argument('--weights', choices=WEIGHTS, default='as_is', help='how the other matrices are stored (default: %(default)s)')
+  model.add_argument('--weights', default='as_is', metavar='FORMAT', help=f'how the other matrices are stored: of {", ".join(WEIGHTS)}, '
+                     "or by group, as in 'turboquant4,embed=int4' and 'attention=int8,mlp=nf4' (default: %(default)s)")
   model.add_argument('--mesh', metavar='AXIS=SIZE,..', help='devices over which weights and caches are split, as fsdp=8,tensor=4 '
                      '(axes data, fsdp, tensor, expert; -1: what is left; default: one device)')
   model.add_argument('--kv', default='exact',
@@ -208,15 +209,18 @@ def _described(name, model):
   import jax
 
   from gemma4_jax import sharding
+  from gemma4_jax.model import quantized
   mesh = sharding.of(model.params)
   split = '' if mesh is None else f' over {", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)}'
   cfg, nbytes = model.cfg, sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
   params = model.params.get('params', model.params)
   host = [part['host'].nbytes for part in params.get('arm', {}).values() if 'host' in part]
-  weights = 'int8' if 'quant' in model.params else cfg.param_dtype
+  weights = quantized.described(model.params) or cfg.param_dtype
+  slow = quantized.slow(cfg, model.params) if jax.default_backend() == 'cpu' else ''
+  slower = f' ({slow}: slower than bfloat16 here)' if slow else ''
   ple = f', PLE table {cfg.ple_placement} {cfg.ple_table}' if cfg.has_ple_table else ''
   return (f'{name}: {cfg.num_layers} layers of width {cfg.width}, {cfg.dtype}, {nbytes:,} bytes of {weights} weights '
-          f'on the {jax.default_backend()}{split}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
+          f'on the {jax.default_backend()}{split}{slower}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
 
 
 def _told(stats, cfg) -> str:

@@ -92,7 +92,7 @@ def check_none(cfg: ModelConfig, params: dict, ids_BT: np.ndarray, mean: tuple[j
   Operation by operation: compiled whole, XLA fuses the two programs each in its own way, with roundings of its own.
   """
   nothing = Intervention(jnp.asarray(assign(cfg, 'none', ())), mean, jnp.asarray(other_BT))
-  apply = partial(transformer.Transformer(cfg).apply, {'params': params}, jnp.asarray(ids_BT))
+  apply = partial(transformer.Transformer(cfg).apply, transformer.variables(params), jnp.asarray(ids_BT))
   expected, found = (np.asarray(apply(intervention=one)[0]) for one in (None, nothing))
   if expected.tobytes() != found.tobytes():
     raise Invalid(f'intervention none changes logits, by up to {np.abs(expected - found).max():.3g}: the model does not compute what '
@@ -134,5 +134,5 @@ def _mean_vectors(cfg, params, arrays):
 
 @partial(jax.jit, static_argnums=0)
 def _summed_vectors(cfg, params, ids_BT, seg_BT):
-  _, out = transformer.Transformer(cfg).apply({'params': params}, ids_BT, None, seg_BT, head=False)
+  _, out = transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, head=False)
   return jax.tree.map(lambda v_BTP: jnp.einsum('BTP,BT->P', v_BTP.astype(jnp.float32), seg_BT.astype(jnp.float32)), out['vectors'])

@@ -46,7 +46,7 @@ def token_divergence(cfg: ModelConfig, params: dict, reference_cfg: ModelConfig,
 @partial(jax.jit, static_argnums=0)
 def logits(cfg: ModelConfig, params: dict, ids_BT: jax.Array, seg_BT: jax.Array, intervention: Intervention | None = None) -> jax.Array:
   """[B, T, V] float32."""
-  return transformer.Transformer(cfg).apply({'params': params}, ids_BT, None, seg_BT, intervention=intervention)[0]
+  return transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, intervention=intervention)[0]
 
 
 def continuations(cfg: ModelConfig, params: dict, requests: Sequence[tuple[Sequence[int], Sequence[int]]], *, batch_tokens: int = 8192,
@@ -143,7 +143,7 @@ def summary(nats: float, tokens: int, size: int) -> dict[str, float]:
 
 
 def _stream(cfg, params, ids_BT, seg_BT, intervention=None):
-  return transformer.Transformer(cfg).apply({'params': params}, ids_BT, None, seg_BT, intervention=intervention, head=False)[0]
+  return transformer.Transformer(cfg).apply(transformer.variables(params), ids_BT, None, seg_BT, intervention=intervention, head=False)[0]
 
 
 def _by_chunk(function, ids_BT, *models):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.native import matvec
-from gemma4_jax.turboquant.weights import Weight
+from gemma4_jax.turboquant.weights import Weight, levels
 
 
 class Param(nn.LogicallyPartitioned):
@@ -104,7 +104,7 @@ def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: s
   x_RK = x.reshape(-1, dim)
   native = rows == 'native' and len(x_RK) <= matvec.MAX_ROWS
   if isinstance(w, Weight):
-    y = (matvec.dot(x_RK, w.codes, w.scale) if native else w.dot(x_RK)).astype(dtype or x.dtype)
+    y = (_native(x_RK, w) if native else w.dot(x_RK)).astype(dtype or x.dtype)
     return y.reshape(*x.shape[:-axes], *w.shape[:-axes])
   w_NK = w.reshape(-1, dim)
   if native:
@@ -114,6 +114,12 @@ def contract(x: jax.Array, w: jax.Array | Weight, axes: int, dtype=None, rows: s
     sums = jnp.float32 if rows == 'native' else dtype
     y = jax.lax.dot_general(x_RK, w_NK.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=sums).astype(dtype or x.dtype)
   return y.reshape(*x.shape[:-axes], *w.shape[:-axes])
+
+
+def _native(x_RK, w):
+  if w.format == 'int8':
+    return matvec.dot(x_RK, w.codes, w.scale)
+  return matvec.dot_codes(w.rotate(x_RK.astype(jnp.float32)), w.codes, w.scale, levels(w.format))
 
 
 class Einsum(nn.Module):

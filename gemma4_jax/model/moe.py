@@ -1,5 +1,7 @@
 """Mixture of experts: a softmax router over all experts, the chosen ones renormalised, three ways to run them."""
 
+from functools import partial
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ from jax.sharding import PartitionSpec
 from gemma4_jax import hardware, sharding
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import layers
+from gemma4_jax.turboquant.weights import Weight
 
 
 class MoE(nn.Module):
@@ -37,29 +40,41 @@ class MoE(nn.Module):
       top_BTX *= jnp.take(layers.declare(self, 'per_expert_scale', layers.constant(1.0), (E,), ('norm',)), ids_BTX)
 
     into, out = (E, F, D), (E, D, F)
-    up_EFD = layers.declare(self, 'up', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
-    gate_EFD = layers.declare(self, 'gate', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed')).astype(x_BTD.dtype)
-    down_EDF = layers.declare(self, 'down', layers.normal(F**-0.5), out, ('experts', 'embed', 'expert_mlp')).astype(x_BTD.dtype)
-    y_RD = _mixture(cfg, x_BTD.reshape(B * T, D), ids_BTX.reshape(-1, X), top_BTX.reshape(-1, X).astype(x_BTD.dtype),
-                    gate_EFD, up_EFD, down_EDF)
+    up_EFD = layers.weight(self, 'up', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed'))
+    gate_EFD = layers.weight(self, 'gate', layers.normal(D**-0.5), into, ('experts', 'expert_mlp', 'embed'))
+    down_EDF = layers.weight(self, 'down', layers.normal(F**-0.5), out, ('experts', 'embed', 'expert_mlp'))
+    packed = isinstance(up_EFD, Weight)   # and so the two others: they are one group of `quantized`
+    experts = [w if packed else w.astype(x_BTD.dtype) for w in (gate_EFD, up_EFD, down_EDF)]
+    y_RD = _mixture(cfg, packed, x_BTD.reshape(B * T, D), ids_BTX.reshape(-1, X), top_BTX.reshape(-1, X).astype(x_BTD.dtype), *experts)
     return y_RD.reshape(B, T, D), probs_BTE
 
 
-def implementation(cfg: ModelConfig, tokens: int) -> str:
+def implementation(cfg: ModelConfig, tokens: int, packed: bool = False) -> str:
   """What runs: as `cfg.moe_implementation` says; 'auto' is ragged on accelerators, whose grouped matmul it is, and on a
-  CPU, where XLA lowers ragged_dot to a dense product, a scan over the experts, or for few tokens a gather of weights."""
+  CPU, where XLA lowers ragged_dot to a dense product, a scan over the experts, or for few tokens a gather of weights.
+
+  Args:
+    packed: the experts are quantized. A grouped matmul would need all of them decoded, so that 'auto' is as on a CPU everywhere.
+  Raises:
+    ValueError: 'ragged' of quantized experts.
+  """
+  if packed and cfg.moe_implementation == 'ragged':
+    raise ValueError("model.moe_implementation: 'ragged' would decode all experts at once, and these are quantized: take 'auto', 'scan' or "
+                     "'gather'")
   if cfg.moe_implementation != 'auto':
     return cfg.moe_implementation
-  if hardware.platform() != 'cpu':
+  if hardware.platform() != 'cpu' and not packed:
     return 'ragged'
   return 'gather' if tokens * cfg.num_experts_per_token < cfg.num_experts else 'scan'
 
 
-def _mixture(cfg, x_RD, ids_RX, weight_RX, *experts):
-  """On a mesh that splits the experts every device runs its own on all tokens of its share of the batch, and the parts are summed."""
-  run = {'ragged': _ragged, 'scan': _scan, 'gather': _gather}[implementation(cfg, len(x_RD))]
+def _mixture(cfg, packed, x_RD, ids_RX, weight_RX, *experts):
+  """On a mesh that splits the experts every device runs its own on all tokens of its share of the batch, and the parts are summed;
+  quantized ones are sent where they are read."""
+  run = {'ragged': _ragged, 'scan': _scan_packed if packed else _scan,
+         'gather': _gather_packed if packed else _gather}[implementation(cfg, len(x_RD), packed)]
   mesh = sharding.in_use()
-  if mesh is None or mesh.shape['expert'] == 1:
+  if packed or mesh is None or mesh.shape['expert'] == 1:
     return run(cfg, x_RD, ids_RX, weight_RX, *experts)
 
   def mine(x_RD, ids_RX, weight_RX, *experts):
@@ -101,3 +116,28 @@ def _scan(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
 def _gather(cfg, x_RD, ids_RX, weight_RX, gate_EFD, up_EFD, down_EDF):
   h_RXF = layers.activation(cfg, jnp.einsum('RD,RXFD->RXF', x_RD, gate_EFD[ids_RX])) * jnp.einsum('RD,RXFD->RXF', x_RD, up_EFD[ids_RX])
   return jnp.einsum('RXF,RXDF,RX->RD', h_RXF, down_EDF[ids_RX], weight_RX)
+
+
+# Of quantized experts, the codes of one are read at a time.
+
+
+def _scan_packed(cfg, x_RD, ids_RX, weight_RX, *experts_EFD):
+  def expert(sum_RD, e):
+    share_R = jnp.where(ids_RX == e, weight_RX, 0).sum(-1)
+    return sum_RD + _expert(cfg, x_RD, e, share_R, *experts_EFD), None
+  return jax.lax.scan(expert, jnp.zeros_like(x_RD), jnp.arange(cfg.num_experts))[0]
+
+
+def _gather_packed(cfg, x_RD, ids_RX, weight_RX, *experts_EFD):
+  def visit(visit):
+    x_D, e, share = visit
+    return _expert(cfg, x_D[None], e, share[None], *experts_EFD)[0]
+  R, X = ids_RX.shape
+  y_VD = jax.lax.map(visit, (jnp.repeat(x_RD, X, axis=0), ids_RX.reshape(-1), weight_RX.reshape(-1)))
+  return y_VD.reshape(R, X, -1).sum(1)
+
+
+def _expert(cfg, x_RD, e, share_R, gate_EFD, up_EFD, down_EDF):
+  dot = partial(layers.contract, axes=1, rows=cfg.matvec)
+  h_RF = layers.activation(cfg, dot(x_RD, gate_EFD.part(e))) * dot(x_RD, up_EFD.part(e))
+  return dot(h_RF * share_R[:, None], down_EDF.part(e))

@@ -37,7 +37,8 @@ def place(cfg: ModelConfig, params: dict, *, placement: str = 'device', storage:
   its own size in host memory.
 
   Args:
-    params: as `checkpoint.load` and `transformer.init` give them. The table may be a numpy array (`load`'s `host=[TABLE]`).
+    params: as `checkpoint.load` and `transformer.init` give them. The table may be a numpy array (`load`'s `host=[TABLE]`); one that its
+      checkpoint has as int8 or int4 can be moved to the host.
     placement: of config.PLE_PLACEMENTS.
     storage: of config.PLE_TABLES; as_is: a folded table is of the dtype of the activations.
     keep_projection: a folded model keeps, under 'arm', the weights 'project' and 'norm' and 'row_0', row 0 of the table [L, P], which
@@ -46,6 +47,8 @@ def place(cfg: ModelConfig, params: dict, *, placement: str = 'device', storage:
   Raises:
     ValueError: no such placement or storage, a model without such a table, parameters placed already or not of this model.
   """
+  if cfg.ple_table in ('int8', 'int4') and cfg.ple_placement == 'device':
+    return _move(cfg, params, placement, storage)
   config.check_trainable(cfg)
   cfg = cfg.replace(ple_placement=placement, ple_table=storage)
   if not cfg.has_ple_table:
@@ -63,13 +66,30 @@ def place(cfg: ModelConfig, params: dict, *, placement: str = 'device', storage:
   elif storage == 'as_is' or storage == table.dtype.name:
     arrays = {'table': table}
   else:
-    arrays = _convert(lambda start, stop: np.asarray(table[start:stop]), shape, cfg, progress)
+    arrays = store(table, cfg, progress)
+  return cfg, {**params, 'arm': {**arm, name: _put(cfg, params, arrays)}}
+
+
+def _put(cfg, params, arrays):
   if cfg.ple_on_host:
-    arrays = {'host': ple_table.HostTable({part: np.asarray(array) for part, array in arrays.items()})}
-  else:
-    where = _rows_like(params['embedder']['table'])
-    arrays = {part: array if isinstance(array, jax.Array) else jax.device_put(np.array(array), where) for part, array in arrays.items()}
-  return cfg, {**params, 'arm': {**arm, name: arrays}}
+    return {'host': ple_table.HostTable({part: np.asarray(array) for part, array in arrays.items()})}
+  where = _rows_like(params.get('embedder', {}).get('table'))
+  return {part: array if isinstance(array, jax.Array) else jax.device_put(np.array(array), where) for part, array in arrays.items()}
+
+
+def _move(cfg, params, placement, storage):
+  """`place` of a table that its checkpoint has in few bits."""
+  if placement not in ('device', 'host') or storage not in ('as_is', cfg.ple_table):
+    raise ValueError(f'model.ple_placement: {placement!r} of a table as {storage!r}: this one is stored as {cfg.ple_table!r}, and can be '
+                     'on the device or the host as it is; for others begin with the weights it was made of')
+  cfg, arm = cfg.replace(ple_placement=placement), params['arm']
+  name = next(name for name in ('lookup', 'frozen_lookup') if name in arm)
+  return cfg, {**params, 'arm': {**arm, name: _put(cfg, params, arm[name])}}
+
+
+def store(table: np.ndarray, cfg: ModelConfig, progress: bool = False) -> dict[str, np.ndarray]:
+  """A table, also a memory-mapped one, as `cfg.ple_table` keeps it: arrays by name, converted block by block."""
+  return _convert(lambda start, stop: np.asarray(table[start:stop]), table.shape, cfg, progress)
 
 
 def fold_rows(cfg: ModelConfig, params: dict) -> Callable[[int, int], np.ndarray]:

@@ -121,15 +121,20 @@ class PlacedTable(nn.Module):
     return decode(parts, cfg.ple_table, cfg.dtype)
 
 
+def layout(shape: tuple[int, ...], storage: str, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """What `encode` makes of a table of this shape and dtype."""
+  if storage not in _BITS:
+    return {'table': jax.ShapeDtypeStruct(shape, dtype if storage == 'as_is' else jnp.bfloat16)}
+  codes = (*shape[:-1], shape[-1] * _BITS[storage] // 8)
+  return {'codes': jax.ShapeDtypeStruct(codes, jnp.int8), 'scale': jax.ShapeDtypeStruct(shape[:-1], jnp.float32)}
+
+
 def _check_layout(cfg, arrays, shape):
-  if cfg.ple_table in _BITS:
-    packed = shape[-1] // 2 if cfg.ple_table == 'int4' else shape[-1]
-    wanted = {'codes': (('int8',), (*shape[:-1], packed)), 'scale': (('float32',), shape[:-1])}
-  else:
-    wanted = {'table': (('bfloat16',) if cfg.ple_table == 'bfloat16' else ('float32', 'bfloat16'), shape)}
+  wanted = layout(shape, cfg.ple_table, 'float32')
+  either = ('float32', 'bfloat16') if cfg.ple_table == 'as_is' else ()
   if arrays.keys() == wanted.keys() and all(
-      array.dtype.name in wanted[name][0] and array.shape == wanted[name][1] for name, array in arrays.items()):
+      array.dtype.name in (wanted[name].dtype.name, *either) and array.shape == wanted[name].shape for name, array in arrays.items()):
     return
-  expected = ', '.join(f'{name} {" or ".join(dtypes)}{list(shape)}' for name, (dtypes, shape) in wanted.items())
+  expected = ', '.join(f'{name} {" or ".join(either) or x.dtype.name}{list(x.shape)}' for name, x in wanted.items())
   found = ', '.join(f'{name} {array.dtype}{list(array.shape)}' for name, array in arrays.items())
   raise ValueError(f'model.ple_table: {cfg.ple_table!r} of this model is {expected}; the parameters have {found or "none"}')

@@ -1,9 +1,9 @@
 """The text decoder: embed, blocks one by one or scanned over periods, head."""
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
-from flax import linen as nn
+from flax import linen as nn, traverse_util
 import jax
 import jax.numpy as jnp
 
@@ -250,6 +250,12 @@ def init(cfg: ModelConfig, seed: int, mesh: jax.sharding.Mesh | None = None) -> 
 def abstract(cfg: ModelConfig) -> dict:
   """The canonical tree of `layers.Param` boxes around shapes, nothing allocated."""
   return layers.abstract_params(Transformer(cfg.replace(scan=False)), jnp.zeros((1, 1), jnp.int32))
+
+
+@lru_cache
+def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Path, joined by '/' -> shape of every weight of the canonical tree."""
+  return {name: box.value.shape for name, box in traverse_util.flatten_dict(abstract(cfg), sep='/').items()}
 
 
 def stack(cfg: ModelConfig, params: dict, join=lambda *ws: jnp.stack(ws)) -> dict:

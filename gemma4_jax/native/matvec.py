@@ -1,6 +1,6 @@
 """Weights times few rows on a CPU, compiled on first use by the machine's C++ compiler.
 
-XLA:CPU converts bfloat16 and int8 weights to float32 in memory before it multiplies; decoding, where weights are read for one
+XLA:CPU converts bfloat16, int8 and packed weights to float32 in memory before it multiplies; decoding, where weights are read for one
 row each, is then bound by those copies. Here they are read once, as stored. No gradients.
 """
 
@@ -17,6 +17,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 
 from gemma4_jax import paths
 
@@ -37,6 +38,19 @@ def dot(x_RK: jax.Array, w_NK: jax.Array, scale_N: jax.Array | None = None) -> j
   return call(x_RK.astype(jnp.float32), w_NK, scale_N)
 
 
+def dot_codes(x_RK: jax.Array, codes_NW: jax.Array, scale_GN: jax.Array, levels: np.ndarray) -> jax.Array:
+  """As `dot`, of a weight in packed codes: w[n, k] = scale[k / (K / G), n] * levels[code].
+
+  Args:
+    codes_NW: uint8, rows of `turboquant.packing`.
+    scale_GN: bfloat16 or float16.
+    levels: float32 [4, 8, 16, 32, 64 or 256]; of more than 32, equal steps.
+  """
+  _register()
+  call = jax.ffi.ffi_call('gemma4_matvec_codes', jax.ShapeDtypeStruct((x_RK.shape[0], codes_NW.shape[0]), jnp.float32))
+  return call(x_RK.astype(jnp.float32), codes_NW, scale_GN, jnp.asarray(levels))
+
+
 @lru_cache
 def why_not() -> str | None:
   """Why `dot` cannot run here; None: it can."""
@@ -52,7 +66,8 @@ def why_not() -> str | None:
 @lru_cache
 def _register():
   library = ctypes.CDLL(str(_build()))
-  jax.ffi.register_ffi_target('gemma4_matvec', jax.ffi.pycapsule(library.Gemma4Matvec), platform='cpu')
+  for name, function in (('gemma4_matvec', library.Gemma4Matvec), ('gemma4_matvec_codes', library.Gemma4MatvecCodes)):
+    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(function), platform='cpu')
 
 
 def _build() -> Path:

@@ -45,7 +45,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
     ple_placement: where the PLE table goes, of config.PLE_PLACEMENTS: see `model.ple_placement`. A table for the host is
       memory-mapped where its file allows, and never on the device.
     ple_table: how it is stored, of config.PLE_TABLES.
-    weights: how the matrices are stored, of config.WEIGHTS: see `model.quantized`.
+    weights: how the matrices are stored: as_is, or what `model.quantized.plan` takes.
     kv: how keys and values are kept where a call does not say: what `kv_format.make` takes. The rotation of quantized values goes
       into the weights here (`quantized_cache.fold`); a cache that a call names works with either.
     mesh: {'fsdp': 8, 'tensor': 4}, as `sharding.make_mesh` takes it: weights and caches are split over these devices. None: the
@@ -57,8 +57,11 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   """
   directory = Path(directory).expanduser()
   found = checkpoint.find(directory)
+  ple_table = found.cfg.ple_table if ple_table == 'as_is' else ple_table   # a quantized checkpoint has its own
   found.cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
-  quantized.check(weights)
+  if quantized.plan(weights) and any(piece.fixed for piece in found.pieces):
+    raise ValueError(f"weights: {weights!r}: those of {directory} are quantized already: take 'as_is', or the weights they were made of")
+  quantized.check(found.cfg.replace(ple_table='as_is'), weights)
   kv = kv_format.make(kv)
   quantized_cache.check(kv)
   devices = None if mesh is None else sharding.make_mesh(mesh)
@@ -71,7 +74,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
                      f'vocabulary of {found.cfg.vocab_size}: another model\'s tokenizer')
   template = chat_format.load_template(folder) if source.inside(folder, 'chat_template.jinja').exists() else None
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
-  moved = (ple_placement, ple_table) != ('device', 'as_is') and found.cfg.embedding != 'frozen_table'   # a toy's, of another name
+  moved = (ple_placement, ple_table) != ('device', found.cfg.ple_table) and found.cfg.embedding != 'frozen_table'   # of another name
   cfg, params = checkpoint.load(directory, param_dtype=param_dtype, mesh=devices, progress=progress, host=[placing.TABLE] if moved else [])
   cfg, params = _placed(cfg, params, devices, ple_placement, ple_table, kv, weights, progress)
   return Model(cfg, params, tokens, stop_ids, sampling, template, _empty_thought_channel(cfg), kv)
@@ -89,7 +92,7 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
   cfg = model_config.variant(variant) if isinstance(variant, str) else variant
   cfg = cfg.replace(scan=False, **(dict(param_dtype=param_dtype, dtype=param_dtype) if param_dtype else {}))
   cfg.replace(ple_placement=ple_placement, ple_table=ple_table)   # or there is no such table
-  quantized.check(weights)
+  quantized.check(cfg, weights)
   kv = kv_format.make(kv)
   quantized_cache.check(kv)
   tokenizer = Tokenizer.stand_in(vocab_size=cfg.vocab_size)
@@ -100,11 +103,13 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
 
 def _placed(cfg, params, mesh, placement, storage, kv, weights, progress):
   boxes = None if mesh is None else transformer.abstract(cfg)
-  if (placement, storage) != ('device', 'as_is'):   # a model without such a table has it there, too
-    cfg, params = placing.place(cfg, params, placement=placement, storage=storage, progress=progress)
+  if (placement, storage) != ('device', cfg.ple_table):   # a model without such a table has it there, too
+    inner = params.get('params', params)
+    cfg, inner = placing.place(cfg, inner, placement=placement, storage=storage, progress=progress)
+    params = inner if 'params' not in params else {**params, 'params': inner}
   if 'quant' not in params:   # values of weights that came quantized are rotated beside them
     cfg, params = quantized_cache.fold(cfg, params, kv)
-  if weights != 'as_is':
+  if quantized.plan(weights):
     params = quantized.quantize(cfg, params, weights, consume=True, progress=progress)
   if mesh is None:
     return generate.fastest(cfg), params

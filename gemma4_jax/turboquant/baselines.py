@@ -105,7 +105,7 @@ class NF4:
     largest = jnp.abs(x).max(-1).astype(jnp.float16)
     stored = largest.astype(jnp.float32)[..., None]
     units = jnp.where(stored > 0, x / jnp.where(stored > 0, stored, 1), 0)
-    return Scaled(packing.pack(jnp.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, units), 4), largest, None)
+    return Scaled(packing.pack(jnp.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, units, method='compare_all'), 4), largest, None)
 
   def decode(self, codes: Scaled) -> jax.Array:
     """Scaled -> float32 [..., dim]."""

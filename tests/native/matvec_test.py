@@ -10,6 +10,7 @@ from gemma4_jax.model import transformer
 from gemma4_jax.native import matvec
 from gemma4_jax.sampling import generate
 from gemma4_jax.sampling.sampler import GREEDY
+from gemma4_jax.turboquant import weights
 
 needs_compiler = pytest.mark.skipif(matvec.why_not() is not None, reason=f'cannot be built here: {matvec.why_not()}')
 
@@ -27,6 +28,19 @@ def test_rows_times_weights(shape, dtype):
     bound = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(np.asarray(w, np.float64)).T) + 1e-6
     assert (np.abs(matvec.dot(x, w) - exact) <= bound).all()
     assert (np.abs(matvec.dot(x, w, scale) - exact * np.asarray(scale)) <= 2 * bound).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize('format', [name for name in weights.FORMATS if name != 'int8'])
+def test_rows_times_codes(format):
+  rng = np.random.RandomState(0)
+  for N, K in ((1, 8), (7, 24), (37, 704), (20, 1536)):      # groups of 8, of 64 that halves of a row cut, whole ones
+    w = weights.encode(rng.standard_normal((N, K)).astype(np.float32), format)
+    numbers = np.asarray(w._rotated(w.codes, w.scale), np.float64)
+    for rows in (1, 2, 3, 8):
+      x = rng.standard_normal((rows, K)).astype(np.float32)
+      got = matvec.dot_codes(x, w.codes, w.scale, weights.levels(format))
+      np.testing.assert_allclose(got, x.astype(np.float64) @ numbers.T, rtol=0, atol=2e-6 * K**0.5 * np.abs(numbers).max())
 
 
 @needs_compiler
