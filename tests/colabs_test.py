@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from colabs import notebook
+from tests import quick, tiny
 
 FOLDER = pathlib.Path(notebook.__file__).parent
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob('*.ipynb'))
@@ -26,7 +27,7 @@ def runs(tmp_path_factory):
   return tmp_path_factory.mktemp('runs')
 
 
-@pytest.mark.parametrize('name', NOTEBOOKS)
+@pytest.mark.parametrize('name', quick.only(['turboquant_kv', 'where_is_the_memory'], NOTEBOOKS))
 def test_a_notebook_runs_from_top_to_bottom(name, runs, monkeypatch):
   nbclient = pytest.importorskip('nbclient', reason='notebooks run in nbclient')
   pytest.importorskip('ipykernel', reason='notebooks run in ipykernel')
@@ -71,7 +72,6 @@ def test_what_the_form_cannot_be_is_one_line(monkeypatch):
 
 
 def test_a_checkpoint_of_another_model_than_the_form_says_is_refused(tmp_path):
-  from tests import tiny
   tiny.write(tmp_path / 'tiny')
   run = notebook.begin('e2b', 'cpu', 0, True, str(tmp_path / 'tiny'))
   with pytest.raises(ValueError, match='holds no released model, SIZE is'):
