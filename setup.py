@@ -22,9 +22,9 @@ setuptools.setup(
         'absl-py', 'grain>=0.2.18', 'tokenizers>=0.23', 'rich', 'matplotlib', 'scipy', 'safetensors>=0.8',
     ],
     extras_require={
-        'test': [   # and torch, for live parity
+        'test': [   # and torch and accelerate, for live parity
             'pytest', 'transformers>=5.23', 'tensorboardX', 'pyarrow', 'hypothesis', 'jinja2', 'pytest-xdist',
-            'nbclient', 'ipykernel', 'lm_eval[hf]>=0.4.13'],
+            'nbclient', 'ipykernel', 'lm_eval>=0.4.13'],
         'peer': ['torch', 'transformers>=5.23'],        # experiments/speed.py --peer=hf
         'llama_cpp': ['llama-cpp-python', 'gguf', 'sentencepiece', 'torch', 'transformers>=5.23'],   # ... --peer=llama_cpp
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'

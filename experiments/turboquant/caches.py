@@ -166,8 +166,8 @@ def tables(name: str, rows: Sequence[Mapping], greedy: Sequence[Mapping]) -> lis
           [row['name'], row['side'], f'{row["bits"]:.3g}', *cells(row)] for row in rows if row['kind'] == 'method'], caption),
       report.Table(f'{name}: presets', ['kv', 'MB at 32k', 'Δ', 'KL', 'same token', 'greedy tokens alike'], [
           [row['name'], f'{row["bytes_32k"] / 1e6:.2f}', *cells(row),
-           f'{np.median(shared(row["name"])):.0f} of {NEW}' if row['name'] in greedy[0] else ''] for row in rows if row['kind'] == 'preset'],
-                   caption + ' Greedy: median over prompts of the tokens before the first that differs.')]
+           f'{np.median(shared(row["name"])):.0f} of {NEW}' if row['name'] in greedy[0] else '']
+          for row in rows if row['kind'] == 'preset'], caption + ' Greedy: median over prompts of the tokens before the first that differs.')]
 
 
 def draw(combined: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> pathlib.Path:
@@ -217,7 +217,8 @@ def main(argv=None) -> None:
   combined = combine(found)
   shown = [table for name in names for table in tables(name, combined[name], [one['greedy'] for one in found[name]])]
   metrics.write_json(args.out / 'caches.json', head | {
-      'steps': args.steps, 'seeds': args.seeds, 'documents': len(documents), 'length': LENGTH, 'chunk': CHUNK, 'trained': trained, 'rows': combined,
+      'steps': args.steps, 'seeds': args.seeds, 'documents': len(documents), 'length': LENGTH, 'chunk': CHUNK, 'trained': trained,
+      'rows': combined,
       'greedy': {name: [one['greedy'] for one in seeds] for name, seeds in found.items()}})
   out = rich.console.Console()
   for table in shown:
