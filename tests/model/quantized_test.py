@@ -46,10 +46,10 @@ def test_more_bits_are_nearer_to_the_model_itself():
   cfg = B12.replace(width=128, vocab_size=512)
   params, model = transformer.init(cfg, 0), transformer.Transformer(cfg)
   exact = jax.nn.log_softmax(quick.apply(model, params, IDS)[0])
-  run = quick.jit(lambda v: jax.nn.log_softmax(model.apply(v, IDS)[0]))
-  kl = [float((jnp.exp(exact) * (exact - run(quantized.quantize(cfg, params, f'turboquant{bits},embed=as_is')))).sum(-1).mean())
-        for bits in (2, 4, 8)]
-  assert kl[0] > 8 * kl[1] > 8 * 8 * kl[2] > 0
+  variables = lambda bits: quantized.quantize(cfg, params, f'turboquant{bits},embed=as_is')
+  run = lambda bits: jax.nn.log_softmax(quick.apply(model, decoded(variables(bits)), IDS)[0])
+  kl = [float((jnp.exp(exact) * (exact - run(bits))).sum(-1).mean()) for bits in (2, 4, 8)]
+  assert kl[0] > 3 * kl[1] > 3 * 50 * kl[2] > 0
 
 
 def test_a_row_of_int8_is_off_by_half_a_step_at_most_and_zeros_stay_zero():
