@@ -16,6 +16,14 @@ CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=
                     global_head_dim=64)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def not_kept():
+  """Programs for devices that are not here cannot be read back."""
+  jax.config.update('jax_enable_compilation_cache', False)
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+
+
 def devices(name):
   try:
     return targets.devices(targets.find(name))
