@@ -3,7 +3,7 @@
 Programs are made for the mesh in use, `jax.set_mesh`: its devices need not be here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import math
 
@@ -184,6 +184,19 @@ def constrain_rows(tree):
   """A tree as `rows` takes it, split so over the mesh in use. Without a mesh, the tree."""
   mesh = in_use()
   return tree if mesh is None else jax.lax.with_sharding_constraint(tree, rows(mesh, tree))
+
+
+def by_rows(function: Callable, *args):
+  """function(*args), by every device of the mesh in use for its own rows and K/V heads: for kernels, which the partitioner cannot split.
+
+  Args:
+    function: of arrays as `rows` takes them, to such arrays, each row and K/V head by itself.
+  """
+  mesh = in_use()
+  if mesh is None:
+    return function(*args)
+  specs = lambda tree: jax.tree.map(lambda where: where.spec, rows(mesh, tree))
+  return jax.shard_map(function, in_specs=specs(args), out_specs=specs(jax.eval_shape(function, *args)), check_vma=False)(*args)
 
 
 def batch_shards() -> int:

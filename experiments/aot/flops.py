@@ -26,7 +26,7 @@ def _count(jaxpr):
     elif name == 'pallas_call':
       total += math.prod(params['grid_mapping'].grid) * _count(params['jaxpr'])
     else:
-      shards = math.prod(params['mesh'].shape[axis] for axis in params['manual_axes']) if name == 'shard_map' else 1
+      shards = math.prod(params['mesh'].shape[axis] for axis in params['newly_manual_axes']) if name == 'shard_map' else 1
       for value in params.values():
         inner = getattr(value, 'jaxpr', value)
         total += shards * _count(inner) if hasattr(inner, 'eqns') else 0

@@ -49,7 +49,7 @@ def kernels(text: str) -> list[str]:
   names = set()
   for line in text.splitlines():
     if 'custom_call_target="tpu_custom_call"' in line or 'custom_call_target="__gpu$xla.gpu.triton"' in line:
-      named = re.search(r'kernel_name\\?"?\s*[:=]\s*\\?"?([\w.-]+)', line) or re.search(r'op_name="[^"]*?([\w.-]+)"', line)
+      named = re.search(r'op_name="[^"]*?([\w.-]+)/pallas_call"', line)
       names.add(named[1] if named else 'unnamed')
   return sorted(names)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs import base
-from gemma4_jax import config as model_config, sharding
+from gemma4_jax import config as model_config, hardware, sharding
 from gemma4_jax.config import ModelConfig
 from gemma4_jax.model import ple_table, quantized, quantized_cache, transformer
 from gemma4_jax.sampling import generate, sampler
@@ -74,6 +74,8 @@ def _sample(cfg, job, mesh):
   cfg = cfg.replace(context_length=max(cfg.context_length, job.context))
   params = variables(cfg, job, mesh)
   cfg = cfg.replace(ple_placement=job.ple)
+  if hardware.platform() == 'cpu':
+    cfg = generate.fastest(cfg)
   shaped = lambda tree: _shaped(tree, sharding.rows(mesh, tree))
   state = shaped(jax.eval_shape(partial(generate._empty, cfg, job.batch, job.context, job.kv)))
   row = lambda *shape, dtype=jnp.int32: jax.ShapeDtypeStruct((job.batch, *shape), dtype)

@@ -17,7 +17,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from gemma4_jax import kv_format
+from gemma4_jax import kv_format, sharding
 from gemma4_jax.config import VALUE, ModelConfig
 from gemma4_jax.kv_format import KVFormat, LayerKV
 from gemma4_jax.model import attention, kv_cache
@@ -80,7 +80,8 @@ class Codes:
     q_BKRD = self._rotated_queries(q_BTNH, scale, key_scale_H)
     # several tokens share what is decoded of a slot, which kernels for one token would do again for each few of them
     kernel = (self.kv.kernel or None) if q_BTNH.shape[1] == 1 else 'xla'
-    partial = ops.attend(self.parts, self.stored, q_BKRD, start_B, end_B, kernel)
+    attend = functools.partial(ops.attend, self.parts, implementation=kernel)
+    partial = sharding.by_rows(attend, self.stored, q_BKRD, start_B, end_B)
     return partial._replace(o_BKGD=self._turn_back(partial.o_BKGD))
 
   def decode(self, dtype) -> tuple[jax.Array, jax.Array]:

@@ -41,11 +41,16 @@ def test_a_sharded_training_step_compiles_for_machines_that_are_not_here(target)
   assert hlo.collectives(compiled.as_text())['all-gather']['count'] > 0
 
 
-@pytest.mark.parametrize('target', ['v6e-4', 'h100x4'])
-def test_a_sharded_decode_loop_compiles_for_machines_that_are_not_here(target):
+@pytest.mark.filterwarnings('ignore:.*[Tt]riton.*:DeprecationWarning')
+@pytest.mark.parametrize(('target', 'kv', 'kernels'), [
+    ('v6e-4', 'turboquant,exact_last=False', ['turboquant_attention']), ('h100x4', 'exact', [])])
+def test_a_sharded_decode_loop_compiles_for_machines_that_are_not_here(target, kv, kernels):
   mesh = sharding.make_mesh({'tensor': 4}, devices(target))
-  traced, lowered = program.lower(CFG, program.Job('decode', batch=2, context=64, weights='int8'), mesh)
-  assert hlo.collectives(lowered.compile().as_text())['all-reduce']['count'] >= 2   # after the heads, and after the MLP
+  cfg = CFG.replace(global_num_kv_heads=4)
+  traced, lowered = program.lower(cfg, program.Job('decode', batch=2, context=128, weights='int8', kv=kv), mesh)
+  text = lowered.compile().as_text()
+  assert hlo.collectives(text)['all-reduce']['count'] >= 2   # after the heads, and after the MLP
+  assert hlo.kernels(text) == kernels
   assert flops.count(traced.jaxpr) > 2 * 2 * CFG.vocab_size * CFG.width
 
 
@@ -62,7 +67,7 @@ def test_the_kernel_over_packed_codes_compiles_for_devices_that_are_not_here(tar
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     assert ops.choose(parts, stored, q) == f'pallas_{backend}'   # of the mesh in use, not of the machine that compiles
     lowered = jax.jit(functools.partial(pallas.attend, parts, backend=backend)).lower(stored, q, edge, edge)
-  assert hlo.kernels(lowered.compile().as_text())
+  assert hlo.kernels(lowered.compile().as_text()) == ['turboquant_attention']
 
 
 TEXT = '''HloModule m
@@ -97,6 +102,9 @@ def test_flops_are_those_of_matmuls_with_loops_and_recomputation():
     return jnp.sum(jax.checkpoint(lambda y: y @ y @ y)(y))
   one = 2 * 4**3
   assert flops.count(jax.jit(f).trace(jnp.ones((4, 4))).jaxpr) == (3 + 2) * one
+  with jax.set_mesh(sharding.make_mesh({})):   # a device's part counts for each
+    shared = jax.jit(lambda x: jax.shard_map(f, in_specs=PartitionSpec(), out_specs=PartitionSpec())(x)).trace(jnp.ones((4, 4))).jaxpr
+  assert flops.count(shared) == (3 + 2) * one
   assert flops.count(jax.jit(jax.grad(f)).trace(jnp.ones((4, 4))).jaxpr) >= (3 + 2 + 6 + 4 + 1) * one   # backward twice, and once more
 
 
