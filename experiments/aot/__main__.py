@@ -29,6 +29,7 @@ TABLE = (
     '--variant=31b --target=v6e-16 --mode=train --context=2048 --mesh=fsdp=16',
     '--variant=31b --target=h200x1 --mode=decode --context=131072',
     '--variant=31b --target=h100x1 --mode=decode --context=131072 --weights=int8 --kv=turboquant',
+    '--variant=31b --target=rtx4090x1 --mode=decode --context=32768 --weights=turboquant4 --kv=turboquant',
     '--variant=e2b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e4b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e2b --target=cpux1 --mode=prefill --context=32768',
