@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma4_jax import hardware
 from gemma4_jax.turboquant import baselines, packing, rotation
 from gemma4_jax.turboquant.quantizer import Quantizer
 
@@ -84,12 +85,12 @@ class Weight:
 
     Args:
       implementation: 'xla': of packed formats `_TILE` numbers are decoded at a time, also for gradients of x. 'pallas_tpu', 'pallas_gpu',
-        'interpret': the kernel. None: the kernel of the default device, and 'xla' where it has none or cannot take the shapes.
+        'interpret': the kernel. None: the kernel of the device (`hardware.platform`); 'xla' where it has none for them, and on meshes.
     Raises:
       NotImplementedError: the kernel cannot take the shapes; the message has the reason.
     """
-    device = jax.default_backend()
-    if implementation is None and device in ('tpu', 'gpu') and not _kernels().unsupported(self, x_RK, device):
+    device, one = hardware.platform(), jax.sharding.get_abstract_mesh().size == 1   # kernels are not split over a mesh, XLA's own code is
+    if implementation is None and one and device in ('tpu', 'gpu') and not _kernels().unsupported(self, x_RK, device):
       implementation = device
     if implementation not in (None, 'xla'):
       return _kernels().dot(self, x_RK, implementation.removeprefix('pallas_'))
