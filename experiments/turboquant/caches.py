@@ -167,7 +167,8 @@ def tables(name: str, rows: Sequence[Mapping], greedy: Sequence[Mapping]) -> lis
       report.Table(f'{name}: presets', ['kv', 'MB at 32k', 'Δ', 'KL', 'same token', 'greedy tokens alike'], [
           [row['name'], f'{row["bytes_32k"] / 1e6:.2f}', *cells(row),
            f'{np.median(shared(row["name"])):.0f} of {NEW}' if row['name'] in greedy[0] else '']
-          for row in rows if row['kind'] == 'preset'], caption + ' Greedy: median over prompts of the tokens before the first that differs.')]
+          for row in rows if row['kind'] == 'preset'],
+                   caption + ' Greedy: median over prompts of the tokens before the first that differs.')]
 
 
 def draw(combined: Mapping[str, Sequence[Mapping]], path: pathlib.Path) -> pathlib.Path:
