@@ -43,11 +43,14 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
             'path': f'{cfg.matvec} matvec, weights {dtype if weights == "as_is" else weights}',
             'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
             'peak_memory_bytes': hardware.peak_memory_bytes()}
+  bandwidth, peak = hardware.measure_bandwidth(), hardware.measure_matmul(dtype=dtype)
+  result |= {'bandwidth': bandwidth, 'matmul_peak_flops': peak}
   if what == 'prefill':
-    return result | {'tokens_per_s': batch * PROMPT / median(prefill[1:]), 'matmul_peak_flops': hardware.measure_matmul(dtype=dtype)}
-  bandwidth = hardware.measure_bandwidth()
+    seconds = median(prefill[1:])
+    return result | {'tokens_per_s': batch * PROMPT / seconds, 'share_of_limit': batch * size.prefill_flops(cfg, PROMPT) / seconds / peak,
+                     'limit': 'FLOPs that the prompt needs over the measured matmul peak'}
   seconds = median(decode[1:]) / (NEW - 1)
-  return result | {'tokens_per_s': batch / seconds, 'bytes_per_step': step_bytes, 'bandwidth': bandwidth,
+  return result | {'tokens_per_s': batch / seconds, 'bytes_per_step': step_bytes,
                    'share_of_limit': step_bytes / seconds / bandwidth,
                    'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
 

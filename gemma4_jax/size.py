@@ -10,9 +10,10 @@ Conventions
 """
 
 import collections
+from collections.abc import Sequence
 
 from gemma4_jax import kv_format
-from gemma4_jax.config import GATE, PLE_ARMS, UNGATED, UP, VALUE, ModelConfig
+from gemma4_jax.config import GATE, PLE_ARMS, UNGATED, UP, VALUE, LayerSpec, ModelConfig
 
 BYTES = 2   # of a bfloat16
 
@@ -100,6 +101,17 @@ def training_flops(cfg: ModelConfig, context: int) -> float:
   return 3 * forward_flops(cfg, context)
 
 
+def prefill_flops(cfg: ModelConfig, length: int) -> float:
+  """FLOPs of a prompt of `length` tokens whose last one's logits are wanted: layers that borrow K/V, and the head, run for it alone."""
+  owners = cfg.num_layers - cfg.num_kv_shared_layers
+  def run(layers, tokens, keys):
+    n = _matmuls(cfg, layers)
+    n['experts'] = _visited(cfg, n['experts'])
+    return tokens * (sum(n.values()) + sum(2 * cfg.num_heads * spec.head_dim * keys(spec.window) for spec in layers))
+  return 2 * (run(cfg.layers[:owners], length, lambda window: mean_keys(window, length))
+              + run(cfg.layers[owners:], 1, lambda window: min(window or length, length)) + cfg.vocab_size * cfg.width)
+
+
 def mean_keys(window: int | None, context: int) -> float:
   """Keys that a token sees, itself included, averaged over the tokens of a document."""
   w = context if window is None else min(window, context)
@@ -146,20 +158,18 @@ def _row_bytes(cfg: ModelConfig) -> int:
   return numbers * BYTES if bits is None else numbers * bits // 8 + numbers // cfg.ple_dim * 4
 
 
-def _matmuls(cfg: ModelConfig) -> collections.Counter:
-  """Weights that activations are multiplied with, by part; without the head, with all experts."""
+def _matmuls(cfg: ModelConfig, layers: Sequence[LayerSpec] | None = None) -> collections.Counter:
+  """Weights that activations are multiplied with in `layers` (None: all), by part; without the head, with all experts."""
   D, F, E = cfg.width, cfg.expert_dim, cfg.num_experts
   n = collections.Counter(attention=0, mlp=0, router=0, experts=0, arm=0)
-  for spec in cfg.layers:
+  for spec in cfg.layers if layers is None else layers:
     made = 0 if spec.kv_from is not None else 1 if spec.k_eq_v else 2
     n['attention'] += D * spec.head_dim * (2 * cfg.num_heads + made * spec.num_kv_heads)
     if not E or cfg.moe_dense_branch:
       n['mlp'] += D * spec.mlp_dim * (1 + cfg.gated_mlp + (spec.inject != UP))
     n['router'] += D * E
     n['experts'] += 3 * D * F * E
-    n['arm'] += D * spec.inject_dim * {GATE: 2, UNGATED: 1}.get(spec.inject, 0)
-  if _projects_context(cfg):
-    n['arm'] += D * cfg.ple_dim * len(cfg.inject_layers)
+    n['arm'] += D * spec.inject_dim * ({GATE: 2, UNGATED: 1}.get(spec.inject, 0) + _projects_context(cfg))
   return n
 
 

@@ -149,6 +149,17 @@ def test_mean_keys_are_the_mean_row_of_the_mask(window, context):
   assert size.mean_keys(window, context) == pytest.approx(seen.sum() / context)
 
 
+def test_a_prompt_costs_its_tokens_but_for_layers_that_borrow_and_the_head_which_run_once():
+  for cfg in config.VARIANTS.values():
+    assert size.prefill_flops(cfg, 1) == size.forward_flops(cfg, 1)
+  head = 2 * config.B31.vocab_size * config.B31.width
+  assert size.prefill_flops(config.B31, 99) == pytest.approx(99 * size.forward_flops(config.B31, 99) - 98 * head)
+  e2b, alone = config.E2B, config.E2B.replace(num_layers=15, num_kv_shared_layers=0)     # its layers that make K/V
+  borrowers = size.forward_flops(e2b, 1) - size.forward_flops(alone, 1)
+  more = size.prefill_flops(e2b, 500) - size.prefill_flops(alone, 500)
+  assert borrowers < more < 1.1 * borrowers      # the last token sees 500
+
+
 def test_training_takes_three_times_the_flops_of_the_forward_pass():
   assert size.training_flops(DENSE, 32) == 3 * size.forward_flops(DENSE, 32)
 
