@@ -71,7 +71,7 @@ def test_a_training_step_on_a_mesh_has_the_loss_and_gradients_of_one_device(runs
   one, many = runs[''], runs[mesh]
   assert many['loss'] == pytest.approx(one['loss'], rel=1e-6)
   assert many['grad_norm'] == pytest.approx(one['grad_norm'], rel=1e-5)
-  assert many['moments'] == pytest.approx(one['moments'], rel=1e-4, abs=1e-9)
+  assert many['moments'] == pytest.approx(one['moments'], rel=1e-4, abs=1e-8)   # the last layer's scalar has no gradient but rounding
   assert one['shares'] == [1] and max(many['shares']) == MESHES[mesh]
 
 

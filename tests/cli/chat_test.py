@@ -151,7 +151,7 @@ def test_flags_reach_the_model_and_every_answer(tmp_path, monkeypatch, capsys):
   chat.main([f'--checkpoint={tiny.write(tmp_path / "a")}', '--stop=x', '--stop=y', '--suppress_tokens=5', '--kv=separate',
              '--ple_placement=folded', '--ple_table=int8'])
   (model, how), (_, settings) = asked
-  assert (model.cfg.ple_placement, model.cfg.ple_table) == ('folded', 'int8') and how == {'kv': 'separate'}
+  assert (model.cfg.ple_placement, model.cfg.ple_table) == ('folded', 'int8') and str(model.kv) == 'separate' and how == {}
   assert settings['stop_strings'] == ['x', 'y'] and settings['sampling'].suppress_tokens == (5,)
   assert 'PLE table folded int8' in capsys.readouterr().err
 

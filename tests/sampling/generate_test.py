@@ -40,7 +40,7 @@ def test_greedy_tokens_are_those_of_a_full_pass_over_each_prefix():
     assert not out.stopped
 
 
-@pytest.mark.parametrize('name', quick.only(['dense_ple_kvshare', 'large_kv', 'moe'], list(hf_models.configs())))
+@pytest.mark.parametrize('name', quick.only(['dense_ple_kvshare', 'moe'], list(hf_models.configs())))
 def test_greedy_tokens_equal_those_of_transformers_alone_and_batched(name):
   torch = pytest.importorskip('torch')
   pytest.importorskip('transformers')
@@ -76,7 +76,7 @@ def test_a_stream_yields_the_same_tokens(every):
     np.testing.assert_array_equal(np.concatenate([part[row] for part in parts]), out.tokens)
 
 
-@pytest.mark.parametrize('every', [2, 12])
+@pytest.mark.parametrize('every', quick.only([2], [2, 12]))
 def test_a_row_ends_with_its_stop_id_and_the_others_go_on(every):
   stop = int(batched()[0].tokens[4])
   first = [out.tokens.tolist().index(stop) if stop in out.tokens else None for out in batched()]
