@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax import config, size
-from gemma4_jax.model import kv_cache, transformer
+from gemma4_jax.model import attention, kv_cache, transformer
 from tests import quick
 
 VARIANTS = {name: config.shrink(variant, width=32, mlp_dim=48) for name, variant in config.VARIANTS.items() if name != '31b'}
@@ -54,6 +54,31 @@ def test_tokens_in_any_chunks_give_the_logits_of_one_forward_pass(name, cuts):
   found = feed(name, cuts)
   real = np.arange(T) < LENGTHS[:, None]
   np.testing.assert_allclose(found[real], uncached(name)[real], rtol=0, atol=5e-4)
+
+
+@functools.partial(quick.jit, static_argnums=(0, 1))
+def call(cfg, spec, params, x_BTD, pos_BT, seg_BT, kv=None):
+  stream = attention.Stream.make(cfg, pos_BT, seg_BT)
+  out, kv = attention.Attention(cfg, spec).apply({'params': params}, x_BTD, stream, kv)
+  return out, getattr(kv, 'cache', None)
+
+
+@pytest.mark.parametrize('local', [True, False], ids=['local', 'global'])
+@pytest.mark.parametrize('name', ['e2b', '12b'])
+def test_a_layers_attention_over_a_cache_is_that_over_all_tokens_at_once(name, local):
+  cfg = VARIANTS[name]
+  i, spec = next((i, spec) for i, spec in enumerate(cfg.layers) if (spec.window is not None) == local)
+  params, x_BTD = weights(name)[f'layer_{i}']['attention'], np.random.RandomState(2).standard_normal((2, T, cfg.width)).astype(np.float32)
+  real_BT = np.arange(T) < LENGTHS[:, None]
+  pos_BT = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+  whole, _ = call(cfg, spec, params, x_BTD, pos_BT, real_BT.astype(np.int32))
+  held, found = kv_cache.make(cfg, 2, int(T)).layers[i], []
+  for start, stop in ((0, 8), (8, 9), (9, 10), (10, T)):
+    pos = np.minimum(LENGTHS[:, None], start) + np.arange(stop - start)
+    out, held = call(cfg, spec, params, x_BTD[:, start:stop], pos.astype(np.int32), real_BT[:, start:stop].astype(np.int32), held)
+    found.append(out)
+  error = np.abs(np.concatenate(found, axis=1) - whole)[real_BT].max() / np.abs(whole[real_BT]).max()
+  assert error <= 1e-5
 
 
 def test_unified_caches_give_what_separate_ones_give():
