@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from colabs import notebook
-from tests import quick, tiny
+from tests import tiny
 
 FOLDER = pathlib.Path(notebook.__file__).parent
 NOTEBOOKS = sorted(path.stem for path in FOLDER.glob('*.ipynb'))
@@ -27,7 +27,8 @@ def runs(tmp_path_factory):
   return tmp_path_factory.mktemp('runs')
 
 
-@pytest.mark.parametrize('name', quick.only(['turboquant_kv', 'where_is_the_memory'], NOTEBOOKS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NOTEBOOKS)
 def test_a_notebook_runs_from_top_to_bottom(name, runs, monkeypatch):
   nbclient = pytest.importorskip('nbclient', reason='notebooks run in nbclient')
   pytest.importorskip('ipykernel', reason='notebooks run in ipykernel')

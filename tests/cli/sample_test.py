@@ -172,6 +172,7 @@ def test_memory_that_runs_out_is_one_line(told):
   assert '\n' not in stop.value.code
 
 
+@pytest.mark.slow
 def test_as_a_command_it_keeps_compiled_programs_where_it_is_told(checkpoint, tmp_path):
   environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
   command = [sys.executable, '-m', 'gemma4_jax.cli.sample', f'--checkpoint={checkpoint}', f'--prompt={PROMPT}', '--max_new_tokens=12',

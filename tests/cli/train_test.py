@@ -94,6 +94,7 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(tmp_path, text):
   assert any(path.name.isdigit() for path in (folder / 'checkpoints').iterdir())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_told_in_the_last_line_and_the_run_goes_on_when_it_does(tmp_path, text):
   args = command(f'--workdir={tmp_path / "run"}', CONFIG, *TINY, *text, '--config.train.steps=4', '--config.train.checkpoint_every=2',
                  '--config.optimizer.warmup_steps=1')

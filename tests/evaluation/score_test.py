@@ -45,6 +45,7 @@ def test_a_summary_tells_one_loss_three_ways():
   assert 'bits_per_byte' not in score.summary(1.0, 1, 0)
 
 
+@pytest.mark.slow
 def test_continuations_score_as_the_whole_text_does_whatever_their_batch_and_share_their_context():
   rng = np.random.default_rng(0)
   draw = lambda n: rng.integers(3, CFG.vocab_size, n).tolist()

@@ -77,7 +77,7 @@ def test_a_token_depends_on_itself_and_all_before_it_and_on_nothing_after(name):
   assert (grad[:seen + 1] > 0).all() and (grad[seen + 1:] == 0).all()
 
 
-@pytest.mark.parametrize('name', quick.only(['e2b', '26b-a4b'], list(SHRUNK)))
+@pytest.mark.parametrize('name', quick.only(['e2b'], list(SHRUNK)))
 def test_packed_documents_are_as_if_alone(name):
   cfg = SHRUNK[name]
   model, params = transformer.Transformer(cfg), weights(name)

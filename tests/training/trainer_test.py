@@ -78,6 +78,7 @@ def test_a_runs_folder_is_sampled_from_without_naming_its_tokenizer(corpus, tmp_
   assert len(model.generate('per layer', max_new_tokens=4, seed=1).tokens) <= 4
 
 
+@pytest.mark.slow
 def test_microbatches_and_scan_and_remat_give_the_step_of_the_whole_batch(corpus):
   c = tiny(corpus, **{'model.num_layers': 4, 'model.num_kv_shared_layers': 0})
   tx = optimizer.make(c.optimizer, 10)
@@ -161,6 +162,7 @@ def test_the_first_step_that_went_wrong_is_named_also_between_logged_ones(corpus
   assert said[0] == said[1] and 'last good checkpoint: none' in said[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_and_float32_is_what_is_trained_and_saved(corpus, tmp_path):
   whole, half = (trainer.run(tiny(corpus, **SMALLER, **{'model.dtype': dtype}), tmp_path / dtype) for dtype in ('float32', 'bfloat16'))
   assert whole['fingerprint'] != half['fingerprint']
