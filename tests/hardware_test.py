@@ -1,11 +1,15 @@
 """What a launcher asks about the machine."""
 
+import os
+from pathlib import Path
 import subprocess
 import sys
 
 import pytest
 
 from gemma4_jax import hardware
+
+PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 
 @pytest.fixture
@@ -18,7 +22,17 @@ def linux(monkeypatch):
 
 
 def test_a_cpu_under_linux_gets_huge_pages(linux):
-  assert hardware.cpu_environment() == {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
+  (name, value), = hardware.cpu_environment().items()
+  assert name == 'GLIBC_TUNABLES' and 'glibc.malloc.hugetlb=1' in value.split(':')
+
+
+@pytest.mark.skipif(not PAGES.exists() or '[never]' in PAGES.read_text(), reason='no transparent huge pages on this system')
+def test_arrays_of_a_megabyte_then_have_them(linux):
+  code = ('import jax.numpy as np, pathlib, re; kept = [np.ones((1 << 18,)) + i for i in range(64)]; [x.block_until_ready() for x in kept];'
+          'print(sum(map(int, re.findall(r"AnonHugePages: *(\\d+)", pathlib.Path("/proc/self/smaps").read_text()))))')
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', **hardware.cpu_environment()}
+  done = subprocess.run([sys.executable, '-c', code], env=environment, text=True, capture_output=True, check=True)
+  assert int(done.stdout) > 56 * 1024   # KiB
 
 
 def test_accelerators_other_systems_and_users_with_tunables_of_their_own_get_nothing(linux):

@@ -4,7 +4,7 @@
 
 A second call on the same workdir goes on from its last checkpoint. For several arms and seeds: python -m experiments.launch.
 On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command saves a step most of its page faults
-(experiments.launch sets it for its runs).
+(experiments.launch sets this and more for its runs: `hardware.cpu_environment`).
 """
 
 from pathlib import Path

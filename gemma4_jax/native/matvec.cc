@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 
 #ifdef __AVX512F__
@@ -55,6 +57,14 @@ inline Floats Load(const int8_t* w) { return __builtin_convertvector(Read<Bytes>
 inline float One(float w) { return w; }
 inline float One(Bf16 w) { return As<float>(static_cast<uint32_t>(w.bits) << 16); }
 inline float One(int8_t w) { return w; }
+
+inline void Pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 inline float Sum(const Floats& v) {
 #ifdef __AVX512F__
@@ -311,51 +321,92 @@ void (*PickCodes(int64_t M))(const CodesJob&, int64_t, int64_t) {
 
 // Blocks of rows are taken one by one by whoever comes: this thread, and those of XLA's pool that are free. So no thread is
 // waited for but one that is at work.
-template <typename J>
 struct Work {
-  J job;
-  void (*rows)(const J&, int64_t, int64_t);
-  int64_t size, blocks;
+  int64_t rows, size, blocks;
   std::atomic<int64_t> next{0}, done{0};
+
+  virtual ~Work() = default;
+  virtual void Rows(int64_t begin, int64_t end) const = 0;
 
   void Run() {
     for (int64_t block; (block = next.fetch_add(1)) < blocks; done.fetch_add(1, std::memory_order_release)) {
-      rows(job, block * size, std::min(job.N, (block + 1) * size));
+      Rows(block * size, std::min(rows, (block + 1) * size));
     }
   }
 };
 
 template <typename J>
-ffi::Error RunAll(ffi::ThreadPool& pool, std::shared_ptr<Work<J>> work, int64_t bytes, int64_t least) {
-  if (work->rows == nullptr) return ffi::Error::InvalidArgument("matvec: 1 to 8 rows");
+struct WorkOf : Work {
+  J job;
+  void (*run)(const J&, int64_t, int64_t) = nullptr;
+  void Rows(int64_t begin, int64_t end) const override { run(job, begin, end); }
+};
+
+// A thread of the pool that has helped looks out for more work for a while, as to be woken takes longer than many a product.
+struct Helpers {
+  static constexpr auto kPatience = std::chrono::microseconds(100);
+  std::mutex mutex;
+  std::shared_ptr<Work> latest;
+  std::atomic<int64_t> posted{0}, waiting{0};
+
+  void Post(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work) {
+    const int64_t wanted = std::min<int64_t>(pool.num_threads(), work->blocks) - 1;
+    if (wanted < 1) return;
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      latest = work;
+    }
+    posted.fetch_add(1, std::memory_order_release);
+    for (int64_t i = waiting.load(); i < wanted; ++i) pool.Schedule([this, work] { Help(work); });
+  }
+
+  void Help(std::shared_ptr<Work> work) {
+    while (true) {
+      const int64_t seen = posted.load(std::memory_order_acquire);
+      work->Run();
+      work.reset();
+      waiting.fetch_add(1);
+      const auto end = std::chrono::steady_clock::now() + kPatience;
+      while (posted.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < end) Pause();
+      waiting.fetch_sub(1);
+      if (posted.load(std::memory_order_acquire) == seen) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      work = latest;
+    }
+  }
+};
+
+ffi::Error RunAll(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work, int64_t rows, int64_t bytes, int64_t least) {
+  static Helpers* const helpers = new Helpers;   // never destroyed: a thread may be in it when the process ends
+  work->rows = rows;
   work->size = std::max<int64_t>(least, (128 << 10) / std::max<int64_t>(1, bytes) / least * least);
-  work->blocks = (work->job.N + work->size - 1) / work->size;
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), work->blocks) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->Run(); });
+  work->blocks = (rows + work->size - 1) / work->size;
+  helpers->Post(pool, work);
   work->Run();
-  while (work->done.load(std::memory_order_acquire) < work->blocks) std::this_thread::yield();
+  while (work->done.load(std::memory_order_acquire) < work->blocks) Pause();
   return ffi::Error::Success();
 }
 
 ffi::Error Matvec(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scale,
                   ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const auto shape = w.dimensions();
-  auto work = std::make_shared<Work<Job>>();
+  auto work = std::make_shared<WorkOf<Job>>();
   work->job = {x.typed_data<float>(), w.untyped_data(), scale.typed_data(), y->typed_data(), x.dimensions()[0], shape[0], shape[1]};
   int64_t width;
   switch (w.element_type()) {
-    case ffi::F32: work->rows = Pick<float>(work->job.M); width = 4; break;
-    case ffi::BF16: work->rows = Pick<Bf16>(work->job.M); width = 2; break;
-    case ffi::S8: work->rows = Pick<int8_t>(work->job.M); width = 1; break;
+    case ffi::F32: work->run = Pick<float>(work->job.M); width = 4; break;
+    case ffi::BF16: work->run = Pick<Bf16>(work->job.M); width = 2; break;
+    case ffi::S8: work->run = Pick<int8_t>(work->job.M); width = 1; break;
     default: return ffi::Error::InvalidArgument("matvec: weights are float32, bfloat16 or int8");
   }
-  return RunAll(pool, work, shape[1] * width, 8);
+  if (work->run == nullptr) return ffi::Error::InvalidArgument("matvec: 1 to 8 rows");
+  return RunAll(pool, work, shape[0], shape[1] * width, 8);
 }
 
 ffi::Error MatvecCodes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> w, ffi::AnyBuffer scale,
                        ffi::Buffer<ffi::F32> levels, ffi::Result<ffi::Buffer<ffi::F32>> y) {
   const int64_t M = x.dimensions()[0], K = x.dimensions()[1], N = w.dimensions()[0], count = levels.dimensions()[0];
-  auto work = std::make_shared<Work<CodesJob>>();
+  auto work = std::make_shared<WorkOf<CodesJob>>();
   work->job = {x.typed_data(), w.typed_data(), static_cast<const uint16_t*>(scale.untyped_data()), scale.element_type() == ffi::F16,
                y->typed_data(), M, N, K, w.dimensions()[1], K / scale.dimensions()[0], {}};
   Levels& to = work->job.levels;
@@ -363,15 +414,16 @@ ffi::Error MatvecCodes(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffe
   for (int64_t i = 0; i < kMost; ++i) to.value[i] = from[i % std::min<int64_t>(count, kMost)];
   to.first = from[0], to.step = (from[count - 1] - from[0]) / (count - 1);
   switch (count) {
-    case 4: work->rows = PickCodes<2>(M); break;
-    case 8: work->rows = PickCodes<3>(M); break;
-    case 16: work->rows = PickCodes<4>(M); break;
-    case 32: work->rows = PickCodes<5>(M); break;
-    case 64: work->rows = PickCodes<6>(M); break;
-    case 256: work->rows = PickCodes<8>(M); break;
+    case 4: work->run = PickCodes<2>(M); break;
+    case 8: work->run = PickCodes<3>(M); break;
+    case 16: work->run = PickCodes<4>(M); break;
+    case 32: work->run = PickCodes<5>(M); break;
+    case 64: work->run = PickCodes<6>(M); break;
+    case 256: work->run = PickCodes<8>(M); break;
     default: return ffi::Error::InvalidArgument("matvec: 2, 3, 4, 5, 6 or 8 bits");
   }
-  return RunAll(pool, work, w.dimensions()[1], 16);
+  if (work->run == nullptr) return ffi::Error::InvalidArgument("matvec: 1 to 8 rows");
+  return RunAll(pool, work, N, w.dimensions()[1], 16);
 }
 
 }  // namespace
