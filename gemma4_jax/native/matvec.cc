@@ -383,7 +383,7 @@ ffi::Error RunAll(ffi::ThreadPool& pool, const std::shared_ptr<Work>& work, int6
   work->blocks = (rows + work->size - 1) / work->size;
   helpers->Post(pool, work);
   work->Run();
-  while (work->done.load(std::memory_order_acquire) < work->blocks) Pause();
+  while (work->done.load(std::memory_order_acquire) < work->blocks) std::this_thread::yield();   // the machine may be busy
   return ffi::Error::Success();
 }
 
