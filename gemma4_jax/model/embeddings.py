@@ -66,7 +66,7 @@ class PLE(nn.Module):
           cfg, shape, ('rows', 'layers', 'ple'), P**-0.5, name=name)
       row_BTLP = table(ids_BT)
       if cfg.ple_folded:
-        return x_BTD, _spread(cfg, [row_BTLP[:, :, i] for i in range(len(which))])
+        return x_BTD, _spread(cfg, jnp.unstack(row_BTLP, axis=2))
       row_BTLP = jax.lax.stop_gradient(row_BTLP) if arm == 'frozen_table' else row_BTLP
       terms.append(jnp.broadcast_to(row_BTLP * P**0.5, (*ids_BT.shape, len(which), P)))
     if arm != 'table_only':
@@ -79,7 +79,7 @@ class PLE(nn.Module):
       table_BTLP, context_BTLP = terms
       sum_BTLP = {None: table_BTLP + context_BTLP, 'projection': table_BTLP, 'table': context_BTLP}[without]
       ple_BTLP = (sum_BTLP.astype(jnp.float32) * 2**-0.5).astype(x_BTD.dtype)
-    return x_BTD, _spread(cfg, [ple_BTLP[:, :, i] for i in range(len(which))])
+    return x_BTD, _spread(cfg, jnp.unstack(ple_BTLP, axis=2))
 
 
 class TokenVectors(nn.Module):
