@@ -61,6 +61,7 @@ def test_what_is_loaded_is_what_would_be_quantized_in_memory_bit_for_bit(folder)
     np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
 
 
+@pytest.mark.slow
 def test_it_samples_and_is_scored_with_its_table_on_either_side(folder):
   models = [text.load(folder / 'packed', ple_placement=placement) for placement in ('device', 'host')]
   cfg, variables = in_memory()

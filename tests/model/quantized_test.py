@@ -43,6 +43,7 @@ def test_the_model_of_quantized_weights_is_that_of_the_weights_they_decode_to(cf
   assert np.abs(wanted - quick.apply(model, params, IDS)[0]).max() > 1e-2   # they are other weights
 
 
+@pytest.mark.slow
 def test_more_bits_are_nearer_to_the_model_itself():
   cfg = B12.replace(width=128, vocab_size=512)
   params, model = transformer.init(cfg, 0), transformer.Transformer(cfg)
@@ -83,6 +84,7 @@ def test_every_matrix_is_quantized_and_nothing_else():
   assert variables['params']['arm']['lookup']['table'] is params['arm']['lookup']['table']
 
 
+@pytest.mark.slow
 def test_routers_and_norms_of_a_mixture_stay():
   variables = quantized.quantize(MOE, transformer.init(MOE, 0), 'turboquant3')
   assert set(variables['params']['layer_0']['moe']) == {'router', 'router_scale', 'per_expert_scale'}

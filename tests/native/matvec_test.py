@@ -55,7 +55,8 @@ def test_calls_at_once_do_not_disturb_each_other():
 
 
 @needs_compiler
-@pytest.mark.parametrize('name', ['e2b', pytest.param('26b-a4b', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['e2b', '26b-a4b'])
 def test_a_model_decodes_the_same_tokens_with_it(name):
   cfg = config.shrink(config.VARIANTS[name], pattern='LG', width=32, mlp_dim=48)
   params = transformer.init(cfg, 0)

@@ -218,6 +218,7 @@ trainer.run(ml_collections.ConfigDict(json.loads(config)), pathlib.Path(workdir)
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_on_a_mesh_train_and_evaluate_as_one_does(corpus, tmp_path):
   with socket.socket() as s:
     s.bind(('localhost', 0))
