@@ -29,7 +29,8 @@ class KVFormat:
     sinks: likewise, the first ones.
     grid: of up to 6 bits, 'uniform' (equal steps, which kernels decode with one subtraction) or 'lloyd_max' (18 % less error at 4
       bits, 39 % less at 6; a table, and plain XLA alone reads it). 8 bits are 'absmax'.
-    kernel: what runs the attention over codes, of `turboquant.ops.IMPLEMENTATIONS`; '': the device's own, where it has one.
+    kernel: what makes codes and runs the attention over them, of `turboquant.ops.IMPLEMENTATIONS`; '': the device's own, where it has
+      one.
   """
   local_k: int = EXACT
   local_v: int = EXACT

@@ -70,7 +70,20 @@ class Codes:
     return self.stored[0].packed_BKSW.shape[2]
 
   def append(self, k_BTKH, v_BTKH, slot_BT, keep_BT) -> 'Codes':
-    new = [part.encode_rotated(y_BKTD) for part, y_BKTD in zip(self.parts, self._rotate(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)))]
+    vectors = self._vectors(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+    kernel = self.kv.kernel or ops.choose_encode(self.parts, self.stored, k_BTKH.dtype)
+    in_place = slot_BT.shape[1] == 1 and kernel != 'xla'     # a single token in any case, as by `kv_cache.write`
+
+    def run(stored, vectors, slot_BT):
+      found = []
+      for part, old, x_BKTD, rotated in zip(self.parts, stored, vectors, (False, self.rotated)):
+        how = {'rotated': rotated, 'implementation': kernel}
+        found.append(ops.append(part, old, x_BKTD, slot_BT[:, 0], **how) if in_place else ops.encode(part, x_BKTD, **how))
+      return tuple(found)
+
+    new = sharding.by_rows(run, self.stored, vectors, slot_BT)
+    if in_place:
+      return self.replace(stored=new)
     put = lambda old, new: ops.Stored(kv_cache.write(old.packed_BKSW, new.packed_BKSW, slot_BT, keep_BT),
                                       kv_cache.write(old.scale_BKNS, new.scale_BKNS, slot_BT, keep_BT, axis=3))
     return self.replace(stored=tuple(map(put, self.stored, new)))
@@ -89,12 +102,9 @@ class Codes:
     k, v = (part.decode_rotated(stored) for part, stored in zip(self.parts, self.stored))
     return self.parts[0].quantizer.unrotate(k).astype(dtype), self._turn_back(v).astype(dtype)
 
-  def _rotate(self, k, v):
-    """Coordinates of the two parts, of keys and values [..., H]."""
-    first, second = (part.quantizer for part in self.parts)
-    if not self.layer.unified:
-      return first.rotate(k), v if self.rotated else second.rotate(v)
-    return _by_block(first.rotate, _still_first(v, self.layer), self.layer.k_dim), second.rotate(_turning(k, self.layer))
+  def _vectors(self, k, v):
+    """What the two parts hold, before they rotate it, of keys and values [..., H]."""
+    return (_still_first(v, self.layer), _turning(k, self.layer)) if self.layer.unified else (k, v)
 
   def _turn_back(self, o):
     """Values, or sums of values, [..., H] as the layer made them."""
@@ -236,7 +246,8 @@ def _fold_o(w_DNH, R):
 
 
 def describe(cfg: ModelConfig, kv: kv_format.KV, capacity: int = 4096) -> str:
-  """One line: for every kind of layer what it keeps, bytes a token, and what runs its attention at a batch of 1."""
+  """One line: for every kind of layer what it keeps, bytes a token, and what runs its attention at a batch of 1, and makes its codes
+  if that is another."""
   kv = kv_format.make(kv)
   layers, width, found = kv.layers(cfg), jnp.dtype(cfg.dtype).itemsize, {}
   cache = jax.eval_shape(lambda: make(cfg, 1, capacity, kv))
@@ -247,6 +258,8 @@ def describe(cfg: ModelConfig, kv: kv_format.KV, capacity: int = 4096) -> str:
             (1, 1, cfg.num_heads, layer.spec.head_dim), cfg.dtype), 1.0, None))
     kind = f'local, window {layer.spec.window}' if layer.spec.window else 'global'
     beside = f', newest {layer.recent} and first {layer.sinks} exact' if layer.recent else ''
+    encoder = kernel if layer.exact else kv.kernel or ops.choose_encode(held.codes.parts, held.codes.stored, jnp.dtype(cfg.dtype))
+    kernel += '' if encoder == kernel else f', codes made by {encoder}'
     what = f'{kind}: {layer}{beside}, {layer.slot_bytes(width):,} bytes a token, {kernel}'
     found[what] = found.get(what, 0) + 1
   return f'kv {kv}: ' + '; '.join(f'{count} {what}' for what, count in found.items())

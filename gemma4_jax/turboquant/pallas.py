@@ -32,8 +32,8 @@ _PROGRAMS = 264                                          # that a GPU should hav
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-  """Coordinates first..first + size of a part's slots."""
+class Piece:
+  """Coordinates first..first + size of a part's slots, all of one block."""
   first: int
   size: int
   block: int
@@ -42,19 +42,23 @@ class _Piece:
 
 def unsupported(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array, backend: str) -> str:
   """Why the kernel cannot take these; '' where it can."""
-  for part in parts:
-    quantizer = part.quantizer
-    if quantizer.step is None:
-      return f"grid={quantizer.grid!r} is a table, which the kernel cannot look up at speed; it takes grid='uniform' or 'absmax'"
-    pieces = list(_pieces(part))
-    if pieces[0].size < 16 or pieces[0].size & (pieces[0].size - 1):
-      return (f'{part.blocks} blocks of {quantizer.dim} at {quantizer.bits} bits make pieces of {pieces[0].size}: '
-              '16, 32, 64 or 128 are needed')
+  if reason := next(filter(None, map(unreadable, parts)), ''):
+    return reason
   S = stored[0].packed_BKSW.shape[2]
   if S % _LEAST[backend]:
     return f'{S} slots are no multiple of {_LEAST[backend]}'
   if q_BKGD.dtype not in (jnp.float32, jnp.bfloat16):
     return f'queries of {q_BKGD.dtype}: float32 or bfloat16 are needed'
+  return ''
+
+
+def unreadable(part: Part) -> str:
+  """Why no kernel can take codes of this part; '' where one can."""
+  quantizer, size = part.quantizer, next(pieces(part)).size
+  if quantizer.step is None:
+    return f"grid={quantizer.grid!r} is a table, which the kernel cannot look up at speed; it takes grid='uniform' or 'absmax'"
+  if size < 16 or size & (size - 1):
+    return f'{part.blocks} blocks of {quantizer.dim} at {quantizer.bits} bits make pieces of {size}: 16, 32, 64 or 128 are needed'
   return ''
 
 
@@ -98,7 +102,7 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
   out_shape = [jax.ShapeDtypeStruct((B * K, splits, rows, n), jnp.float32) for n in (width(parts, 'values'), 1, 1)]
   grids = dict(grid=(B * K, splits), in_specs=in_specs, out_specs=[wide, narrow, narrow])
   body = functools.partial(_kernel, parts=parts, heads=K, split=split, tile=tile)
-  o, peak, total = pl.pallas_call(body, out_shape=out_shape, name='turboquant_attention', **_options(backend, grids))(
+  o, peak, total = pl.pallas_call(body, out_shape=out_shape, name='turboquant_attention', **options(backend, grids, scalars=1))(
       bounds_B2, q, *arrays)
   cut = lambda x: x[:, :, :G].reshape(B, K, splits, G, -1)
   o, peak, total = cut(o), cut(peak)[..., 0], cut(total)[..., 0]
@@ -112,17 +116,18 @@ def _split(backend: str, heads: int, S: int, tile: int) -> int:
   return split
 
 
-def _options(backend: str, grids: dict) -> dict:
+def options(backend: str, grids: dict, scalars: int) -> dict:
+  """What a `pallas_call` takes of a grid and block specs, whose first `scalars` operands are whole arrays of integers."""
   if backend == 'gpu':
     from jax.experimental.pallas import triton
-    whole = pl.BlockSpec()
-    return {**grids, 'in_specs': [whole, *grids['in_specs']],
+    return {**grids, 'in_specs': [pl.BlockSpec()] * scalars + grids['in_specs'],
             'compiler_params': triton.CompilerParams(num_warps=4, num_stages=2)}
   from jax.experimental.pallas import tpu
-  grid_spec = tpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, **grids)
+  grid_spec = tpu.PrefetchScalarGridSpec(num_scalar_prefetch=scalars, **grids)
   if backend == 'interpret':
     return {'grid_spec': grid_spec, 'interpret': True}
-  return {'grid_spec': grid_spec, 'compiler_params': tpu.CompilerParams(dimension_semantics=('parallel', 'arbitrary'))}
+  order = ('parallel', *['arbitrary'] * (len(grids['grid']) - 1))
+  return {'grid_spec': grid_spec, 'compiler_params': tpu.CompilerParams(dimension_semantics=order)}
 
 
 def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split: int, tile: int):
@@ -144,7 +149,7 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
       for n in range(part.keys):
         products = [dot(q_ref[:, first + p.first:first + p.first + p.size], _decode(packed_ref, slots, p, part, dtype),
                         (((1,), (1,)), ((), ())))
-                    for p in _pieces(part) if p.block == n]
+                    for p in pieces(part) if p.block == n]
         score += sum(products[1:], products[0]) * (_scale(scale_ref, n, slots) * float(part.quantizer.step))
       first += part.keys * part.quantizer.dim
     score = jnp.where(seen, score, MASKED)
@@ -157,14 +162,14 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
         terms = [scaled.astype(dtype)]
         if jnp.finfo(scale_ref.dtype).nmant > jnp.finfo(dtype).nmant:     # what rounding took is a second term, or it would show
           terms.append((scaled - terms[0].astype(jnp.float32)).astype(dtype))
-        for p in _pieces(part):
+        for p in pieces(part):
           if p.block == n:
             levels = _decode(packed_ref, slots, p, part, dtype)
             new.append(sum((dot(term, levels, (((1,), (0,)), ((), ()))) for term in terms), outputs[i] * decay))
             i += 1
     return new_peak, total * decay + weight.sum(axis=1, keepdims=True), *new
 
-  made = [(p.size, float(part.quantizer.step)) for part in parts for p in _pieces(part) if p.block < part.values]
+  made = [(p.size, float(part.quantizer.step)) for part in parts for p in pieces(part) if p.block < part.values]
   nothing = (jnp.full((rows, 1), MASKED, jnp.float32), jnp.zeros((rows, 1), jnp.float32),
              *(jnp.zeros((rows, n), jnp.float32) for n, _ in made))
   low, high = jnp.clip(start, 0, split), jnp.clip(end, 0, split)
@@ -176,8 +181,8 @@ def _kernel(bounds_ref, q_ref, *refs, parts: tuple[Part, ...], heads: int, split
     first += n
 
 
-def _pieces(part: Part) -> Iterator[_Piece]:
-  """In the order of coordinates."""
+def pieces(part: Part) -> Iterator[Piece]:
+  """All of a slot, of one size, in the order of coordinates."""
   bits, total = part.quantizer.bits, part.dim
   size = math.gcd(total * min(packing.PLANES[bits]) // 8, part.quantizer.dim, _PIECE)
   for first in range(0, total, size):
@@ -186,10 +191,10 @@ def _pieces(part: Part) -> Iterator[_Piece]:
       run = total * plane // 8     # codes at one shift, and bytes of the plane
       planes.append((start + first % run, plane * (first // run), plane, left))
       start, left = start + run, left + plane
-    yield _Piece(first, size, first // part.quantizer.dim, tuple(planes))
+    yield Piece(first, size, first // part.quantizer.dim, tuple(planes))
 
 
-def _decode(packed_ref, slots, piece: _Piece, part: Part, dtype) -> jax.Array:
+def _decode(packed_ref, slots, piece: Piece, part: Part, dtype) -> jax.Array:
   """[tile, piece.size]: levels in units of their distance."""
   code = 0
   for first, right, bits, left in piece.planes:

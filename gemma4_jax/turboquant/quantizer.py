@@ -4,6 +4,7 @@ Source: arXiv 2504.19874, algorithm 1. The scales other than 'norm' are EDEN's (
 TurboQuant_mse is the case S = 1; the table on Hadamard-rotated vectors is HIGGS's (arXiv 2411.17525) at p = 1.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
@@ -95,19 +96,28 @@ class Quantizer:
     """`encode` of vectors [..., dim] that are rotated already."""
     if y.shape[-1] != self.dim:
       raise ValueError(f'vectors of {y.shape[-1]} numbers where dim={self.dim} is expected')
-    y = _finite(y)
-    peak = jnp.abs(y).max(-1, keepdims=True, initial=0)
-    y = _divide(y, peak)                                       # so that no square over- or underflows
-    rms = jnp.sqrt(jnp.square(y).mean(-1, keepdims=True))
-    y = _divide(y, rms)
-    stretch = _divide(jnp.float32(1), rms) if self.grid == 'absmax' else jnp.ones_like(rms)   # the peak of y
-    codes = self._codes(_divide(y, stretch))
-    c = self.values(codes) * stretch
-    y_c, c_c = (y * c).sum(-1, keepdims=True), jnp.square(c).sum(-1, keepdims=True)
-    factor = {'unbiased': lambda: _divide(self.dim, y_c), 'norm_matched': lambda: jnp.sqrt(_divide(self.dim, c_c)),
-              'least_squares': lambda: _divide(y_c, c_c), 'norm': lambda: 1.0}[self.scale]()
-    scale = peak * rms * factor * stretch
+    (codes,), scale = self.round([finite(y)])
     return Codes(packing.pack(codes, self.bits), scale[..., 0].astype(self.scale_dtype))
+
+  def round(self, pieces: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """Codes of each piece, int32 [..., n], and the scale, float32 [..., 1], of rotated vectors that come in pieces, float32 [..., n].
+
+    The coordinates of a vector are those of all its pieces, as kernels hold them, and finite.
+    """
+    over = lambda reduce, combine, pieces: functools.reduce(combine, [reduce(y, axis=-1, keepdims=True) for y in pieces])
+    total = functools.partial(over, jnp.sum, jnp.add)
+    peak = over(jnp.max, jnp.maximum, [jnp.abs(y) for y in pieces])
+    pieces = [_divide(y, peak) for y in pieces]                # so that no square over- or underflows
+    rms = jnp.sqrt(total([jnp.square(y) for y in pieces]) / self.dim)
+    pieces = [_divide(y, rms) for y in pieces]
+    stretch = _divide(jnp.float32(1), rms) if self.grid == 'absmax' else jnp.ones_like(rms)   # the peak of y
+    codes = [self._codes(_divide(y, stretch)) for y in pieces]
+    found = [self.values(code) * stretch for code in codes]
+    y_c = lambda: total([y * c for y, c in zip(pieces, found)])
+    c_c = lambda: total([jnp.square(c) for c in found])
+    factor = {'unbiased': lambda: _divide(self.dim, y_c()), 'norm_matched': lambda: jnp.sqrt(_divide(self.dim, c_c())),
+              'least_squares': lambda: _divide(y_c(), c_c()), 'norm': lambda: 1.0}[self.scale]()
+    return codes, peak * rms * factor * stretch
 
   def decode(self, codes: Codes) -> jax.Array:
     """Codes -> float32 [..., dim]."""
@@ -131,7 +141,7 @@ class Quantizer:
 
   def rotate(self, x: jax.Array) -> jax.Array:
     """[..., dim] -> float32 [..., dim]; coordinates that are not finite count as zero."""
-    return rotation.apply(self.matrix, _finite(x))
+    return rotation.apply(self.matrix, finite(x))
 
   def unrotate(self, y: jax.Array) -> jax.Array:
     """The inverse of `rotate`."""
@@ -143,9 +153,9 @@ class Quantizer:
 
   def _codes(self, y: jax.Array) -> jax.Array:
     if self.step is not None:
-      return jnp.clip(jnp.ceil(y / self.step) + (2**(self.bits - 1) - 1), 0, 2**self.bits - 1).astype(jnp.uint8)
+      return jnp.clip(jnp.ceil(y / self.step) + (2**(self.bits - 1) - 1), 0, 2**self.bits - 1).astype(jnp.int32)
     # By comparing with every threshold: XLA fuses it, and 15 compares are 50 times as fast on a CPU as the loop of searchsorted.
-    return sum(((y > float(t)).astype(jnp.uint8) for t in self.thresholds), jnp.zeros(y.shape, jnp.uint8))
+    return sum(((y > float(t)).astype(jnp.uint8) for t in self.thresholds), jnp.zeros(y.shape, jnp.uint8)).astype(jnp.int32)
 
 
 @functools.lru_cache
@@ -158,7 +168,8 @@ def _codebook(grid: str, bits: int, dim: int) -> codebook.Codebook:
   return {'lloyd_max': codebook.gaussian, 'uniform': codebook.uniform, 'int8': codebook.int8_grid}[grid](bits)
 
 
-def _finite(x: jax.Array) -> jax.Array:
+def finite(x: jax.Array) -> jax.Array:
+  """float32, with 0 for what is not finite."""
   return jnp.nan_to_num(x.astype(jnp.float32), nan=0.0, posinf=0.0, neginf=0.0)
 
 

@@ -47,6 +47,14 @@ class Part:
     """Coordinates of a slot."""
     return self.blocks * self.quantizer.dim
 
+  def encode(self, x_BKSD: jax.Array, rotated: bool = False) -> Stored:
+    """Vectors [B, K, S, blocks * quantizer.dim] of any float dtype -> Stored; each block is rotated, unless they come `rotated`."""
+    return self.encode_rotated(x_BKSD if rotated else self.rotate(x_BKSD))
+
+  def rotate(self, x: jax.Array) -> jax.Array:
+    """Each block of [..., blocks * quantizer.dim], float32."""
+    return self.quantizer.rotate(x.reshape(*x.shape[:-1], self.blocks, self.quantizer.dim)).reshape(x.shape)
+
   def encode_rotated(self, y_BKSD: jax.Array) -> Stored:
     """Rotated coordinates [B, K, S, blocks * quantizer.dim] of any float dtype -> Stored."""
     codes = self.quantizer.encode_rotated(y_BKSD.reshape(*y_BKSD.shape[:-1], self.blocks, self.quantizer.dim))

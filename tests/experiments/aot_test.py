@@ -9,7 +9,7 @@ import pytest
 
 from experiments.aot import __main__ as aot, flops, hlo, program, targets
 from gemma4_jax import config, sharding
-from gemma4_jax.turboquant import ops, packing, pallas, reference
+from gemma4_jax.turboquant import ops, packing, pallas, pallas_encode, reference
 from gemma4_jax.turboquant.quantizer import Quantizer
 
 CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=0, double_wide_mlp=False, num_heads=8, mlp_dim=128,
@@ -43,7 +43,7 @@ def test_a_sharded_training_step_compiles_for_machines_that_are_not_here(target)
 
 @pytest.mark.filterwarnings('ignore:.*[Tt]riton.*:DeprecationWarning')
 @pytest.mark.parametrize(('target', 'kv', 'kernels'), [
-    ('v6e-4', 'turboquant,exact_last=False', ['turboquant_attention']), ('h100x4', 'exact', [])])
+    ('v6e-4', 'turboquant,exact_last=False', ['turboquant_append', 'turboquant_attention']), ('h100x4', 'exact', [])])
 def test_a_sharded_decode_loop_compiles_for_machines_that_are_not_here(target, kv, kernels):
   mesh = sharding.make_mesh({'tensor': 4}, devices(target))
   cfg = CFG.replace(global_num_kv_heads=4)
@@ -68,6 +68,26 @@ def test_the_kernel_over_packed_codes_compiles_for_devices_that_are_not_here(tar
     assert ops.choose(parts, stored, q) == f'pallas_{backend}'   # of the mesh in use, not of the machine that compiles
     lowered = jax.jit(functools.partial(pallas.attend, parts, backend=backend)).lower(stored, q, edge, edge)
   assert hlo.kernels(lowered.compile().as_text()) == ['turboquant_attention']
+
+
+@pytest.mark.filterwarnings('ignore:.*[Tt]riton.*:DeprecationWarning')
+@pytest.mark.parametrize(('target', 'backend'), [('v5e-1', 'tpu'), ('h100x1', 'gpu')])
+def test_the_kernels_that_make_codes_compile_for_devices_that_are_not_here(target, backend):
+  mesh = sharding.make_mesh({}, devices(target))
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+  part = ops.Part(Quantizer(128, 6, grid='uniform'), blocks=4)
+  stored = ops.Stored(shape((2, 2, 2048, packing.bytes_per_row(6, part.dim)), jnp.uint8), shape((2, 2, 4, 2048), jnp.bfloat16))
+  for dtype in ('bfloat16', 'float32'):
+    x = lambda count, dtype=dtype: shape((2, 2, count, part.dim), dtype)
+    how = {'rotated': False, 'backend': backend}
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      encode = jax.jit(functools.partial(pallas_encode.encode, part, **how)).lower(x(37)).compile()
+      append = jax.jit(functools.partial(pallas_encode.append, part, **how), donate_argnums=0).lower(
+          stored, x(1), shape((2,), jnp.int32)).compile()
+    assert hlo.kernels(encode.as_text()) == ['turboquant_encode'] and hlo.kernels(append.as_text()) == ['turboquant_append']
+    size = sum(x.size * x.dtype.itemsize for x in stored)
+    memory = append.memory_analysis()
+    assert memory.alias_size_in_bytes == size and memory.temp_size_in_bytes < 1024     # the cache is not copied
 
 
 TEXT = '''HloModule m

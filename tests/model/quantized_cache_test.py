@@ -237,6 +237,24 @@ def test_models_on_caches_of_8_bits_are_near_the_exact_one(name, fold):
     assert 0 < float((jnp.exp(p) * (p - found[:, 0])).sum(-1).max()) < 2e-3
 
 
+def test_kernels_that_make_and_read_codes_decode_the_same_tokens():
+  cfg = SHRUNK['31b'].replace(window=32)
+  found = {}
+  for kernel in ('xla', 'interpret'):
+    cache = quantized_cache.make(cfg, 2, 32, KV | {'local_v': 4, 'kernel': kernel})
+    assert {type(layer) for layer in cache.layers.values()} == {quantized_cache.Quantized, quantized_cache.QuantizedRing}
+    logits, cache = extend(cfg, weights('31b'), cache, IDS[:, :24], jnp.int32(np.arange(24) < PROMPTS[:, None]))
+    ids = logits[np.arange(2), PROMPTS - 1].argmax(-1)[:, None]
+    tokens, scores = [ids], []
+    for _ in range(4):
+      logits, cache = extend(cfg, weights('31b'), cache, ids, jnp.ones((2, 1), jnp.int32))
+      ids = logits[:, -1].argmax(-1)[:, None]
+      tokens, scores = [*tokens, ids], [*scores, logits]
+    found[kernel] = np.concatenate(tokens, 1), np.stack(scores)
+  np.testing.assert_array_equal(found['interpret'][0], found['xla'][0])
+  np.testing.assert_allclose(found['interpret'][1], found['xla'][1], rtol=0, atol=1e-4)
+
+
 def test_rotations_folded_into_weights_leave_the_layer_as_it_was():
   cfg, params = SHRUNK['e2b'], weights('e2b')
   rotated_cfg, rotated = quantized_cache.fold(cfg, params, 'extreme')
