@@ -125,7 +125,7 @@ def spread(cfg, params, ids_BT) -> jax.Array:
 def examine(model: text.Model, ids: np.ndarray, tick=lambda: None) -> dict[str, Any]:
   """Of documents [n, T]: {'rows': [{kind, name, bits or bytes, and by document: delta, kl, same}], 'greedy', 'spread', ..}."""
   cfg, params, T = model.cfg.replace(matvec='xla'), model.params, ids.shape[1]
-  batches = [ids[i:i + toys.BATCH] for i in range(0, len(ids), toys.BATCH)]
+  batches = toys.batches(ids)
   exact = [toys.logits(cfg, params, part) for part in batches]
 
   def measured(make, chunk):
@@ -139,10 +139,12 @@ def examine(model: text.Model, ids: np.ndarray, tick=lambda: None) -> dict[str, 
     raise RuntimeError(f'the exact cache is {max(unchanged["kl"]):.1e} nats from no cache: nothing can be measured by it')
   for name in METHODS:
     for side in SIDES if name in ONE_SIDED else SIDES[:1]:
-      rows.append({'kind': 'method', 'name': name, 'side': side, 'bits': bits(cfg, name)} | measured(lambda B: decoded(cfg, B, name, side), T))
+      rows.append({'kind': 'method', 'name': name, 'side': side, 'bits': bits(cfg, name)}
+                  | measured(lambda B: decoded(cfg, B, name, side), T))
   for name in PRESETS:
     held = jax.eval_shape(lambda: quantized_cache.make(cfg, 1, 32 * 1024, name))
-    rows.append({'kind': 'preset', 'name': name, 'bytes_32k': held.nbytes} | measured(lambda B: quantized_cache.make(cfg, B, T, name), CHUNK))
+    rows.append({'kind': 'preset', 'name': name, 'bytes_32k': held.nbytes}
+                | measured(lambda B: quantized_cache.make(cfg, B, T, name), CHUNK))
   prompts = [one.tolist() for one in batches[0][:, :T // 2]]
   settings = dict(max_new_tokens=NEW, sampling=GREEDY, stop_ids=())
   said = [out.tokens for out in generate.generate(cfg, params, prompts, **settings)]

@@ -21,11 +21,17 @@ from gemma4_jax.model import transformer
 from gemma4_jax.sampling import text
 from gemma4_jax.training import trainer
 
-LENGTH, BATCH = 1024, 8
+LENGTH = 1024
+_BATCH = 16   # documents, at most: their logits take 17 MB each
 _SCORES = ('delta', 'kl', 'same')
 HEADER = ['Δ', 'KL', 'same token']   # of `cells`
 CAPTION = ('Δ: nats per token above the same model left exact, mean over documents and its 95 % interval; KL from the exact '
            'model in nats per token; how often the likeliest token is the same.')
+
+
+def batches(ids: np.ndarray) -> list[np.ndarray]:
+  """Documents [n, T] in parts of one size, or nearly: every size is compiled for."""
+  return np.array_split(ids, -(-len(ids) // _BATCH))
 
 
 @functools.partial(jax.jit, static_argnums=0)
