@@ -178,11 +178,18 @@ def tables(name: str, found: Mapping) -> list[report.Table]:
 def _plot(axis, rows: Sequence[Mapping]) -> None:
   styles = {'turboquant': ('#0072B2', 'o'), 'prod': ('#D55E00', 's'), 'polar': ('#009E73', 'D'), 'int': ('#E69F00', 'P'),
             '': ('#555555', 'v')}
+  columns = {}
   for row in rows:
     if row['kind'] == 'method' and row['side'] == 'both':
-      colour, marker = next(style for start, style in styles.items() if row['name'].startswith(start))
-      axis.plot(row['bits'], max(row['kl']['mean'], 1e-7), marker, color=colour, markersize=5)
-      axis.annotate(row['name'], (row['bits'], max(row['kl']['mean'], 1e-7)), fontsize=6, xytext=(4, 2), textcoords='offset points')
+      columns.setdefault(round(row['bits']), []).append((max(row['kl']['mean'], 1e-7), row['bits'], row['name']))
+  for column in columns.values():
+    free, right = 0, max(at for _, at, _ in column) + 0.12
+    for kl, at, name in sorted(column):     # names one above the other, each at its point or above it
+      colour, marker = next(style for start, style in styles.items() if name.startswith(start))
+      axis.plot(at, kl, marker, color=colour, markersize=5)
+      free = max(kl, 1.2 * free)
+      axis.annotate(name, (at, kl), (right, free), fontsize=6, va='center', color=colour,
+                    arrowprops={'arrowstyle': '-', 'lw': 0.3, 'color': colour, 'relpos': (0, 0.5)})
 
 
 def draw(results: Mapping[str, Mapping], path: pathlib.Path) -> pathlib.Path:
