@@ -35,8 +35,9 @@ METHODS = ('turboquant2', 'turboquant3', 'turboquant4', 'turboquant6', 'turboqua
            'int4_minmax', 'int3_minmax', 'int4_rotated', 'kivi_values2', 'q4_0', 'q8_0', 'nf4', 'fp8_e4m3')
 SIDES = ('both', 'keys', 'values')
 ONE_SIDED = ('turboquant2', 'turboquant3', 'turboquant4')          # also with keys alone, values alone
-PRESETS = ('quality', 'turboquant', 'extreme', 'turboquant,recent=1,sinks=0', 'turboquant,recent=1,sinks=0,grid=lloyd_max',
-           'extreme,recent=1,sinks=0')
+# As they are, and with nothing kept exact: of E2B's toy the last global layer that makes K/V is the only one.
+PRESETS = ('quality', 'turboquant', 'extreme', 'quality,recent=1,sinks=0,exact_last=False', 'turboquant,recent=1,sinks=0,exact_last=False',
+           'turboquant,recent=1,sinks=0,exact_last=False,grid=lloyd_max', 'extreme,recent=1,sinks=0')
 
 
 @struct.dataclass
