@@ -61,6 +61,10 @@ def test_a_decoded_plan_is_the_quantized_model(model, ids, format):
   np.testing.assert_allclose(run({'params': back}), run(quantized.quantize(cfg, model.params, format)), atol=2e-4)
 
 
+def test_every_group_of_the_model_is_measured(model):
+  assert {group for group, _ in weights.plans(model.params)} == {'attention', 'mlp', 'ple', 'embed', 'ple_table', 'all'}
+
+
 def test_one_group_changes_and_no_other(model):
   for group, format in (('mlp', 'nf4'), ('ple_table', 'int4')):
     back, bits, error = weights.decoded(model.params, group, format)
@@ -86,6 +90,7 @@ def test_an_experiment_goes_through(model, ids, tmp_path, monkeypatch, experimen
   monkeypatch.setattr(caches, 'METHODS', ('turboquant4', 'int8'))
   monkeypatch.setattr(caches, 'PRESETS', ('turboquant,recent=1,sinks=0',))
   monkeypatch.setattr(caches, 'NEW', 4)
+  monkeypatch.setattr(weights, 'plans', lambda params: [('mlp', 'turboquant2'), ('mlp', 'turboquant8'), ('ple_table', 'int4')])
   found = experiment.examine(model, ids)
   results = {'toy': {'rows': toys.combine([found['rows']])} | {key: [value] for key, value in found.items() if key != 'rows'}}
   kl = {(row.get('group', row.get('side')), row.get('format', row.get('name'))): row['kl']['mean'] for row in results['toy']['rows']}
