@@ -1,4 +1,4 @@
-"""Toys that were trained, and how far a changed one is from its exact self, document by document: what `caches` and `layers` share."""
+"""Toys that were trained, and how far a changed one is from its exact self, document by document: what `caches` and `weights` share."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence

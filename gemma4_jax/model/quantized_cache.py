@@ -174,7 +174,9 @@ class _Seen:
     codes = self.cache.codes
     old = codes.attend(q_BTNH, jnp.full_like(self.first_B, codes.layer.sinks), self.first_B, scale, self.key_scale_H)
     seen_BTS = attention.see(stream, self.pos_BS, (self.pos_BS >= 0).astype(jnp.int32), window)
-    new = _exact(self.exact.scores(q_BTNH, scale, self.key_scale_H), self.exact.v_BKSH.astype(q_BTNH.dtype), seen_BTS)
+    scores_BKRS = self.exact.scores(q_BTNH, scale, self.key_scale_H)
+    seen = jnp.repeat(seen_BTS, scores_BKRS.shape[2] // seen_BTS.shape[1], axis=1)[:, None]     # query t of head g is t * G + g
+    new = ops.exact(scores_BKRS, self.exact.v_BKSH.astype(q_BTNH.dtype), seen)
     return _heads(ops.normalize(ops.merge(old, new)), q_BTNH)
 
 
@@ -287,18 +289,6 @@ def _parts(layer: LayerKV, grid: str) -> tuple[ops.Part, ...]:
   if layer.unified:
     return ops.unified(quantizer(layer.k_dim, layer.v_bits), quantizer(layer.k_dim, layer.k_bits), layer.blocks)
   return ops.separate(quantizer(layer.k_dim, layer.k_bits), quantizer(layer.spec.head_dim, layer.v_bits))
-
-
-def _exact(scores_BKRS, v_BKSH, seen_BTS) -> ops.Partial:
-  """Softmax over what is seen, not yet divided."""
-  B, K, R, S = scores_BKRS.shape
-  T = seen_BTS.shape[1]
-  seen = jnp.broadcast_to(seen_BTS[:, None, :, None], (B, K, T, R // T, S)).reshape(scores_BKRS.shape)
-  scores = jnp.where(seen, scores_BKRS, attention.MASKED)
-  peak = scores.max(-1)
-  weight = jnp.where(seen, jnp.exp(scores - peak[..., None]), 0)
-  out = jax.lax.dot_general(weight.astype(v_BKSH.dtype), v_BKSH, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-  return ops.Partial(out, peak, weight.sum(-1))
 
 
 def _heads(o_BKRH, q_BTNH):

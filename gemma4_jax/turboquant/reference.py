@@ -110,14 +110,19 @@ def normalize(partial: Partial) -> jax.Array:
   return jnp.where(total > 0, partial.o_BKGD / jnp.where(total > 0, total, 1), 0)
 
 
-def exact(q_BKGD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, seen_BS: jax.Array) -> Partial:
-  """The partial over slots that are not quantized, as a recent window; all in one space; seen_BS bool. Computed in float32."""
-  f32 = lambda x: x.astype(jnp.float32)
-  seen = seen_BS[:, None, None, :]
-  score = jnp.where(seen, jnp.einsum('BKGD,BKSD->BKGS', f32(q_BKGD), f32(k_BKSD), precision='highest'), MASKED)
+def exact(score_BKRS: jax.Array, v_BKSD: jax.Array, seen: jax.Array) -> Partial:
+  """The partial over slots that are not quantized, as a recent window.
+
+  Args:
+    score_BKRS: float32, the softmax scale multiplied in.
+    v_BKSD: in the space of the other partials' outputs; weights are rounded to its dtype, sums are float32.
+    seen: bool, as `score_BKRS` or of a shape that is broadcast to it.
+  """
+  score = jnp.where(seen, score_BKRS, MASKED)
   peak = score.max(-1, initial=MASKED)
   weight = jnp.where(seen, jnp.exp(score - peak[..., None]), 0)
-  return Partial(jnp.einsum('BKGS,BKSD->BKGD', weight, f32(v_BKSD), precision='highest'), peak, weight.sum(-1))
+  o = jax.lax.dot_general(weight.astype(v_BKSD.dtype), v_BKSD, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+  return Partial(o, peak, weight.sum(-1))
 
 
 def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array, start_B: jax.Array, end_B: jax.Array) -> Partial:
