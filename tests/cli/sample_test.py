@@ -56,6 +56,7 @@ def nbytes():
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.model().params))
 
 
+@pytest.mark.slow
 def test_the_table_goes_where_the_flags_say_and_the_first_line_tells(checkpoint, capsys):
   out = run(capsys, checkpoint, '--ple_placement=host', '--ple_table=int8')
   table = tiny.model().params['arm']['lookup']['table']
@@ -92,6 +93,7 @@ def test_a_stream_and_standard_input_give_the_same_text(checkpoint, capsys, monk
   assert out.out == expected().text + '\n'
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_with_a_window_over_all_tokens_gives_the_text_of_the_exact_one(checkpoint, capsys):
   out = run(capsys, checkpoint, '--kv=turboquant,recent=64')
   assert out.out == expected().text + '\n' and LAST.match(out.err.splitlines()[-1])[3] == 'turboquant,recent=64'
@@ -108,6 +110,7 @@ def test_json_has_all_samples_with_tokens_and_logprobs(checkpoint, capsys):
   assert found['stats']['new_tokens'] == sum(len(row.tokens) for row in rows) and len(found['completions'][0]['logprobs']) == 12
 
 
+@pytest.mark.slow
 def test_chat_answers_a_message_the_same_in_a_stream(checkpoint, capsys):
   found = json.loads(run(capsys, checkpoint, '--chat', '--system=S', '--thinking', '--json').out)
   asked = [{'role': 'system', 'content': 'S'}, {'role': 'user', 'content': PROMPT}]

@@ -59,7 +59,8 @@ def test_greedy_tokens_equal_those_of_transformers_alone_and_batched(name):
       np.testing.assert_array_equal(out.tokens, theirs.numpy())
 
 
-@pytest.mark.parametrize('sampling', [GREEDY, Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3)], ids=['greedy', 'sampled'])
+@pytest.mark.parametrize('sampling', [
+    pytest.param(GREEDY, marks=pytest.mark.slow), Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3)], ids=['greedy', 'sampled'])
 def test_a_row_does_not_depend_on_its_batch(sampling):
   settings = dict(max_new_tokens=12, sampling=sampling, stop_ids=())
   together = generate.generate(CFG, params(), PROMPTS, seed=[5, 6, 7], **settings)
@@ -126,6 +127,7 @@ def test_other_prompts_seeds_settings_and_stops_are_no_other_program():
   assert counts[0] == counts[1] == counts[2]
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_differ_and_begin_where_it_ends():
   outs = generate.generate(CFG, params(), PROMPTS[:2], max_new_tokens=8, sampling=Sampling(top_k=0, top_p=1.0), samples=3, stop_ids=())
   assert len(outs) == 6 and len({tuple(out.tokens) for out in outs}) == 6

@@ -254,7 +254,7 @@ def test_tokens_that_the_settings_suppress_are_never_chosen(tmp_path):
 
 
 @pytest.mark.parametrize('placement, storage', quick.only(
-    [('host', 'int8'), ('device', 'int4')], [('host', 'as_is'), ('host', 'int8'), ('folded_host', 'as_is'), ('device', 'int4')]))
+    [('device', 'int4')], [('host', 'as_is'), ('host', 'int8'), ('folded_host', 'as_is'), ('device', 'int4')]))
 def test_a_placed_table_is_that_of_place_and_never_on_the_device_if_it_is_for_the_host(tmp_path, monkeypatch, placement, storage):
   folder = tiny.write(tmp_path / 'a')
   loaded, place = {}, text.placing.place

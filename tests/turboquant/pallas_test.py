@@ -59,7 +59,7 @@ def difference(parts, stored, q, start, end, **kwargs):
 RAGGED = bounds((0, 256), (0, 1), (70, 200))
 
 
-@pytest.mark.parametrize('name', quick.only(['k4v4 64', 'k8v4 128', 'v4kr8', 'v6kr8'], list(PARTS)))
+@pytest.mark.parametrize('name', quick.only(['k4v4 64', 'k8v4 128', 'v4kr8'], list(PARTS)))
 def test_the_kernel_is_the_reference(name):
   stored, q = setup(PARTS[name])
   assert difference(PARTS[name], stored, q, *RAGGED, split=128) < 1e-5
