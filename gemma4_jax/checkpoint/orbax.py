@@ -1,5 +1,6 @@
 """Our checkpoints: of a run, with optimizer state and the data iterator's place, in the background; or parameters alone."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 import contextlib
 from pathlib import Path
@@ -16,6 +17,8 @@ from gemma4_jax.checkpoint import source
 from gemma4_jax.config import ModelConfig
 
 RUN = 'checkpoints'   # in a run's folder, that of its checkpoints
+STATE, DATA, PARAMS, CONFIG = 'state', 'data', 'params', 'config'   # items: two of a training checkpoint, one of an export, one of both
+JSON = 'metadata'    # in an item of JSON, its file
 
 
 class Checkpoints:
@@ -23,7 +26,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, *, keep: int):
     self._manager = ocp.CheckpointManager(
-        folder.absolute(), item_names=('state', 'data', 'config'),
+        folder.absolute(), item_names=(STATE, DATA, CONFIG),
         options=ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True))
 
   @property
@@ -41,18 +44,19 @@ class Checkpoints:
     Raises:
       ValueError: a checkpoint of other shapes or names, or one that cannot be read, naming its folder.
     """
-    folder = self._manager.directory / str(step)
+    folder = Path(self._manager.directory / str(step))
     try:
-      saved = self._manager.restore(step, args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()))
-    except (ValueError, KeyError, OSError, TypeError) as error:
-      raise ValueError(f'{folder}: cannot be restored into this run ({_first_line(error)}); '
-                       'remove that folder to go back to the checkpoint before it') from error
+      with _reading(folder / STATE) as (handler, where):
+        state = handler.restore(where, args=ocp.args.PyTreeRestore(
+            item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)))
+      data = source.read_json(folder / DATA / JSON)
+    except ValueError as error:
+      raise ValueError(f'{error}; remove {folder} to go back to the checkpoint before it') from error
     wrong = [f'{jax.tree_util.keystr(path)}: {got.shape} for {want.shape}' for (path, got), want in zip(
-        jax.tree_util.tree_leaves_with_path(saved.state), jax.tree.leaves(abstract), strict=True) if got.shape != want.shape]
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True) if got.shape != want.shape]
     if wrong:
       raise ValueError(f'{folder}: shapes differ from the config: {"; ".join(wrong[:5])}')
-    return saved.state, saved.data
+    return state, data
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
@@ -63,8 +67,6 @@ class Checkpoints:
 
 
 # Parameters alone: written for use elsewhere, read array by array.
-
-PARAMS, STATE, CONFIG = 'params', 'state', 'config'   # items: of an export, of a training checkpoint, of both
 
 
 def save_params(folder: Path, cfg: ModelConfig, params: Mapping, dtype: np.dtype | None = None) -> None:
@@ -91,7 +93,7 @@ def read_config(folder: Path) -> ModelConfig:
   Raises:
     ValueError: it cannot be read, or is no config of a model.
   """
-  file = folder / CONFIG / 'metadata'   # of Orbax's JSON items
+  file = folder / CONFIG / JSON
   fields = source.read_json(file).get('model')
   if not isinstance(fields, dict):
     raise ValueError(f'{file}: holds no model')
@@ -109,7 +111,7 @@ def leaves(folder: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], str]]:
     tree = handler.metadata(where).tree
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {tuple(str(part.key) for part in path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat
-            if all(isinstance(part, jax.tree_util.DictKey) for part in path)}
+            if all(isinstance(part, jax.tree_util.DictKey) for part in path) and hasattr(leaf, 'shape')}   # a string has none
 
 
 def read(folder: Path, keys: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
@@ -123,14 +125,39 @@ def read(folder: Path, keys: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
     return [flat[key] for key in keys]
 
 
+class _EndTogether:
+  """A failed read is told after those beside it have ended: TensorStore would report them to an event loop that is closed by then."""
+
+  async def deserialize(self, infos, args=None):
+    others = asyncio.all_tasks()
+    try:
+      return await super().deserialize(infos, args)
+    except BaseException:
+      if begun := asyncio.all_tasks() - others:
+        await asyncio.wait(begun)
+      raise
+
+
+class _ArrayHandler(_EndTogether, ocp.type_handlers.ArrayHandler):
+  pass
+
+
+class _NumpyHandler(_EndTogether, ocp.type_handlers.NumpyHandler):
+  pass
+
+
 @contextlib.contextmanager
 def _reading(folder: Path):
+  others = [(int, ocp.type_handlers.ScalarHandler()), (float, ocp.type_handlers.ScalarHandler()), (str, ocp.type_handlers.StringHandler())]
+  handlers = ocp.type_handlers.create_type_handler_registry((np.ndarray, _NumpyHandler()), (jax.Array, _ArrayHandler()), *others)
   try:
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)) as handler:
       yield handler, epath.Path(folder.absolute())
-  except (ValueError, KeyError, OSError, TypeError, AttributeError) as error:
+  except Exception as error:   # Orbax raises all kinds, Exception itself among them
     raise ValueError(f'{folder}: not a whole Orbax tree ({_first_line(error)})') from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+  while error.__cause__ is not None:   # what TensorStore says of a file is below what Orbax says of its arrays
+    error = error.__cause__
   return str(error).strip().split('\n')[0][:300]

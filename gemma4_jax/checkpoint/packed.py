@@ -145,7 +145,7 @@ def find(folder: Path) -> source.Source:
   Raises:
     ValueError: it is not whole, or of no model or format that there is.
   """
-  file = folder / orbax.CONFIG / 'metadata'
+  file = folder / orbax.CONFIG / orbax.JSON
   cfg, plan = orbax.read_config(folder), source.read_json(file).get('weights')
   if not isinstance(plan, dict) or not all(isinstance(item, str) for pair in plan.items() for item in pair):
     raise ValueError(f'{file}: holds no formats of weights')

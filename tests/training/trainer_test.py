@@ -208,6 +208,21 @@ def test_a_checkpoint_that_cannot_be_saved_is_one_error_that_names_the_folder(co
   assert '\n' not in str(error.value)
 
 
+def test_a_damaged_checkpoint_is_one_error_that_names_the_way_back(corpus, tmp_path, capfd):
+  c, run = tiny(corpus, **SMALLER, **{'eval.max_batches': 1}), tmp_path / 'run'
+  trainer.run(c, run)
+  (run / 'DONE').unlink()
+  for file in (run / 'checkpoints' / '12' / 'state').glob('ocdbt.process_0/d/*'):
+    os.truncate(file, min(file.stat().st_size, 5000))
+  with pytest.raises(ValueError, match='12/state: not a whole Orbax tree .*; remove .*/checkpoints/12 to go back to the checkpoint before') as e:
+    trainer.run(c, run)
+  with pytest.raises(ValueError, match='12/state: not a whole Orbax tree') as other:
+    text.load(run)
+  assert '\n' not in f'{e.value}{other.value}'
+  time.sleep(0.2)   # reads that failed beside the first one would be told meanwhile, by threads of TensorStore
+  assert 'Traceback' not in capfd.readouterr().err
+
+
 PROCESS = '''
 import json, pathlib, sys
 import jax, ml_collections
