@@ -1,6 +1,8 @@
 """What keeps the tests short: programs that are not optimised, and more of the same marked `slow`."""
 
 import functools
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,16 @@ from gemma4_jax.model import transformer
 
 # For programs that run once or twice: half of XLA's time would go into optimising what is never repeated.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def virtual_devices(count, flags=''):
+  """Environment of a Python process that sees this repository and one CPU as `count` devices.
+
+  XLA sizes its pools of threads by NPROC, or the machine's cores: with two threads, devices that wait for each other in collectives
+  may hold both, and the rest never comes ("Termination timeout for all reduce", now and then on a busy machine).
+  """
+  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} {flags}', 'NPROC': '16', 'JAX_PLATFORMS': 'cpu',
+                       'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
 
 
 def only(kept, values):

@@ -1,8 +1,6 @@
 """A mesh changes where numbers are and not what they are: eight devices against one, for every axis."""
 
 import json
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,8 +8,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 import pytest
 
 from gemma4_jax import sharding
+from tests import quick
 
-ROOT = pathlib.Path(__file__).parents[1]
 MESHES = {'': 1, 'fsdp=8': 8, 'data=2,tensor=4': 4, 'fsdp=4,tensor=2': 8, 'data=2,tensor=2,expert=2': 4}   # into how many a weight is split
 SAMPLED = ('', 'data=2,tensor=2,expert=2')
 REMATERIALIZATION = 'nvoluntary full rematerialization'
@@ -55,8 +53,7 @@ for text in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope='module')
 def runs():
-  flags = '--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
-  env = os.environ | {'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'}
+  env = quick.virtual_devices(8, '--xla_backend_optimization_level=0')
   command = [sys.executable, '-c', SCRIPT, json.dumps(list(MESHES)), json.dumps(SAMPLED)]
   done = subprocess.run(command, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]

@@ -20,7 +20,7 @@ from gemma4_jax import config
 from gemma4_jax.checkpoint import hf, load, orbax, save, shards
 from gemma4_jax.model import transformer
 from gemma4_jax.training import trainer
-from tests import hf_models
+from tests import hf_models, quick
 
 CFG = hf_models.configs()['mqa_ple_kvshare']
 LARGE = hf_models.configs()['large_kv']
@@ -228,8 +228,8 @@ def test_every_kind_is_placed_onto_a_mesh_that_it_was_not_saved_from(tmp_path):
   params = weights(cfg)
   save.save_orbax(cfg, params, tmp_path / 'orbax')
   save.save_hf(cfg, params, tmp_path / 'hf')
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
-  done = subprocess.run([sys.executable, '-c', MESH, tmp_path / 'orbax', tmp_path / 'hf'], env=env, capture_output=True, text=True)
+  command = [sys.executable, '-c', MESH, tmp_path / 'orbax', tmp_path / 'hf']
+  done = subprocess.run(command, env=quick.virtual_devices(8), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
 
 
