@@ -80,6 +80,48 @@ def test_a_conversation_on_a_mesh_has_the_logits_and_tokens_of_one_device(runs, 
   assert runs['']['cache'] == [[4, 1]] * 2 and runs[mesh]['cache'] == [[2, 1]] * 2   # rows are split, the one K/V head is whole
 
 
+# K=V as in 31B, which keeps values once, and K and V apart; two K/V heads over `tensor`, rows over `data`.
+QUANTIZED = """
+import json
+import jax, numpy as np
+from gemma4_jax import config, sharding
+from gemma4_jax.model import transformer
+from gemma4_jax.sampling import generate
+
+kwargs = dict(pattern='LG', num_layers=2, num_kv_shared_layers=0, width=32, mlp_dim=48, window=8, num_heads=4, num_kv_heads=2,
+              global_num_kv_heads=2, head_dim=32, global_head_dim=64, vocab_size=64)
+ids = np.random.default_rng(0).integers(0, 64, (4, 17)).astype(np.int32)
+for text in ('', 'data=2,tensor=2'):
+  mesh = sharding.make_mesh(sharding.parse(text)) if text else sharding.make_mesh({}, jax.devices()[:1])
+  for variant, kv in ((config.E4B, 'turboquant'), (config.B31, 'quality,kernel=interpret')):
+    cfg = config.shrink(variant, **kwargs)
+    params = transformer.init(cfg, 0, mesh)
+    session = generate.Session(cfg, params, 4, 40, kv=kv + ',exact_last=False,recent=4,sinks=2')
+    session.append([row[:n] for row, n in zip(ids, (15, 3, 7, 17))])
+    out = {'logits': np.asarray(session._logits).tolist()}
+    tokens, out['logprobs'] = zip(*[(t.tolist(), p.tolist()) for t, p in list(session.generate(12, seed=3, stop_ids=(), every=12))[0]])
+    codes = [x for x in jax.tree.leaves(session._state.cache.layers) if x.dtype == np.uint8]
+    out |= {'tokens': tokens, 'split': [[n // m for n, m in zip(x.shape[:2], x.addressable_shards[0].data.shape)] for x in codes]}
+    print(json.dumps(out), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_quantized_caches_on_a_mesh_give_the_logits_of_one_device():
+  done = subprocess.run([sys.executable, '-c', QUANTIZED], env=quick.virtual_devices(4, '--xla_backend_optimization_level=0'),
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  one, many = found[:2], found[2:]
+  assert len(one) == len(many) == 2
+  for a, b in zip(one, many, strict=True):
+    assert a['tokens'] == b['tokens']
+    for name in ('logits', 'logprobs'):
+      for row, other in zip(a[name], b[name], strict=True):
+        assert other == pytest.approx(row, abs=2e-5)
+    assert a['split'] == [[1, 1]] * len(a['split']) and b['split'] == [[2, 2]] * len(a['split']) != []   # rows, K/V heads
+
+
 def test_the_partitioner_never_gathers_a_whole_array_for_want_of_a_plan(runs):
   said = [line for line in runs['stderr'].splitlines() if REMATERIALIZATION in line]
   assert [line for line in said if '%fake_parameter' not in line] == []   # those are plans it weighs, and drops
