@@ -9,7 +9,7 @@ import pytest
 
 from experiments.aot import __main__ as aot, flops, hlo, program, targets
 from gemma4_jax import config, sharding
-from gemma4_jax.turboquant import ops, packing, pallas, pallas_encode, reference
+from gemma4_jax.turboquant import ops, packing, pallas, pallas_encode, reference, weights
 from gemma4_jax.turboquant.quantizer import Quantizer
 
 CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=0, double_wide_mlp=False, num_heads=8, mlp_dim=128,
@@ -19,9 +19,10 @@ CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=
 @pytest.fixture(scope='module', autouse=True)
 def not_kept():
   """Programs for devices that are not here cannot be read back."""
+  was = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
   yield
-  jax.config.update('jax_enable_compilation_cache', True)
+  jax.config.update('jax_enable_compilation_cache', was)
 
 
 def devices(name):
@@ -34,7 +35,7 @@ def devices(name):
 @pytest.mark.parametrize('target', ['v6e-8', 'h100x8'])
 def test_a_sharded_training_step_compiles_for_machines_that_are_not_here(target):
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2}, devices(target))
-  traced, lowered = program.lower(CFG, program.Job('train', batch=4, context=32), mesh)
+  traced, lowered = program.lower(CFG.replace(mlp_dim=1024, vocab_size=2048), program.Job('train', batch=4, context=32), mesh)
   compiled = lowered.compile()
   state = sum(x.size * x.dtype.itemsize for x in traced.jaxpr.in_avals)
   assert state / 8 < compiled.memory_analysis().argument_size_in_bytes < state / 4   # TPUs fill small arrays up to a tile
@@ -88,6 +89,21 @@ def test_the_kernels_that_make_codes_compile_for_devices_that_are_not_here(targe
     size = sum(x.size * x.dtype.itemsize for x in stored)
     memory = append.memory_analysis()
     assert memory.alias_size_in_bytes == size and memory.temp_size_in_bytes < 1024     # the cache is not copied
+
+
+@pytest.mark.filterwarnings('ignore:.*[Tt]riton.*:DeprecationWarning')
+@pytest.mark.parametrize(('target', 'format', 'dtype', 'rows'), [
+    ('v5e-1', 'turboquant4', 'bfloat16', 1), ('v5e-1', 'turboquant3', 'float32', 64),
+    ('h100x1', 'turboquant4', 'bfloat16', 1), ('h100x1', 'nf4', 'bfloat16', 64)])
+def test_the_matmul_of_packed_weights_compiles_for_devices_that_are_not_here(target, format, dtype, rows):
+  mesh = sharding.make_mesh({}, devices(target))
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+  w = jax.eval_shape(functools.partial(weights.encode, format=format), jax.ShapeDtypeStruct((1536, 4096), jnp.bfloat16))
+  w = jax.tree.map(lambda x: shape(x.shape, x.dtype), w)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(lambda w, x_RK: w.dot(x_RK)).lower(w, shape((rows, 4096), dtype)).compile()
+  assert hlo.kernels(compiled.as_text()) == ['packed_matmul']      # by its own choice, of the mesh in use
+  assert compiled.memory_analysis().temp_size_in_bytes < 2**20     # the weight's numbers, 12 or 25 MB, never are there
 
 
 TEXT = '''HloModule m
