@@ -115,6 +115,7 @@ def test_what_is_wrong_is_one_line(home, flags, said):
   assert said in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')
 
 
+@pytest.mark.slow
 def test_recall_is_measured_against_its_chance(home, capsys):
   evaluate.main([f'--checkpoint={home / "base"}', '--task=associative', '--lengths=4,8', '--trials=3'])
   said = capsys.readouterr().out

@@ -75,6 +75,7 @@ def fields(home, **probe_fields):
   return data | {f'probe.{name}': value for name, value in (chosen | probe_fields).items()}
 
 
+@pytest.mark.slow
 def test_the_launcher_probes_a_checkpoint_and_reports(home):
   workdir = home / 'work'
   command = [sys.executable, '-m', 'experiments.launch', '--config=configs/ple_probe.py', f'--workdir={workdir}']

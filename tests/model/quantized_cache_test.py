@@ -237,6 +237,7 @@ def test_models_on_caches_of_8_bits_are_near_the_exact_one(name, fold):
     assert 0 < float((jnp.exp(p) * (p - found[:, 0])).sum(-1).max()) < 2e-3
 
 
+@pytest.mark.slow
 def test_kernels_that_make_and_read_codes_decode_the_same_tokens():
   cfg = SHRUNK['31b'].replace(window=32)
   found = {}

@@ -30,6 +30,7 @@ def batched():
   return greedy(CFG, params(), PROMPTS)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_a_full_pass_over_each_prefix():
   for prompt, out in zip(PROMPTS, batched()):
     whole = np.array([*prompt, *out.tokens])[None]
