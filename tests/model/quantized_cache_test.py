@@ -319,3 +319,12 @@ def test_one_line_says_what_each_layer_keeps_and_what_runs():
   assert quantized_cache.describe(config.B31.replace(dtype='bfloat16'), 'turboquant,kernel=xla') == (
       'kv turboquant,kernel=xla: 50 local, window 1024: K V exact, 16,384 bytes a token, xla; 9 global: V4 + rotated K8, newest 128 '
       'and first 4 exact, 1,584 bytes a token, xla; 1 global: V + rotated K exact, 5,120 bytes a token, xla')
+
+
+def test_the_line_names_both_where_one_runs_the_attention_and_another_makes_the_codes():
+  gpu = jax.sharding.AbstractDevice(device_kind='NVIDIA H200', num_cores=None, platform='gpu')
+  cfg = config.E2B.replace(dtype='bfloat16', global_head_dim=192)     # the kernel that rotates takes powers of two
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=gpu)):
+    assert '2 global: K6 V6, newest 128 and first 4 exact, 292 bytes a token, pallas_gpu, codes made by xla;' in (
+        quantized_cache.describe(cfg, 'turboquant'))
+    assert 'codes made by' not in quantized_cache.describe(cfg.replace(global_head_dim=256), 'turboquant')
