@@ -9,12 +9,17 @@ import time
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')
 
 
-def code() -> dict:
-  """{'commit': of the checkout this package lies in, or None, 'dirty': whether files differ from it, 'python', 'versions'}."""
+def code(results: Path | None = None) -> dict:
+  """{'commit': of the checkout this package lies in, or None, 'dirty': whether files differ from it, 'python', 'versions'}.
+
+  Args:
+    results: a file of the checkout that holds results, row by row: it may differ.
+  """
   def git(*args):
     done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
-  return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain')),
+  but = [] if results is None else ['--', ':/', f':(exclude){results.resolve()}']
+  return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', *but)),
           'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 

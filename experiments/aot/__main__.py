@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> dict:
   began = time.perf_counter()
   traced, lowered = program.lower(cfg, job, mesh)
   row = {'lower_seconds': time.perf_counter() - began, 'program_flops_per_device': flops.count(traced.jaxpr) / target.count,
-         'memory': target.chip.memory, 'date': time.strftime('%Y-%m-%d'), **provenance.code()}
+         'memory': target.chip.memory, 'date': time.strftime('%Y-%m-%d'), **provenance.code(RESULTS)}
   for plugin in {'tpu': ['libtpu'], 'gpu': ['jax-cuda13-pjrt'], 'cpu': []}[target.platform]:
     row['versions'][plugin] = importlib.metadata.version(plugin)
   if job.mode == 'train':
