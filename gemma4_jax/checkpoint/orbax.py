@@ -81,7 +81,8 @@ def save_params(folder: Path, cfg: ModelConfig, params: Mapping, dtype: np.dtype
   cast = jax.tree.map(lambda _: ocp.SaveArgs(dtype=dtype), params)
   items = {PARAMS: ocp.args.PyTreeSave(params, save_args=cast), CONFIG: ocp.args.JsonSave({'model': cfg.to_dict()})}
   try:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(*items)) as checkpointer:
+    handlers = {PARAMS: writer(), CONFIG: ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
       checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
   except ValueError as error:   # of TensorStore, also for what the operating system refuses
     raise OSError(_first_line(error)) from error
@@ -125,25 +126,42 @@ def read(folder: Path, keys: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
     return [flat[key] for key in keys]
 
 
+async def _together(work):
+  """Awaits `work`; its failure is told after what it began has ended: TensorStore would report that to an event loop that is closed by
+  then, and write on where nothing is to be left."""
+  others = asyncio.all_tasks()
+  try:
+    return await work
+  except BaseException:
+    if begun := asyncio.all_tasks() - others:
+      await asyncio.wait(begun)
+    raise
+
+
 class _EndTogether:
-  """A failed read is told after those beside it have ended: TensorStore would report them to an event loop that is closed by then."""
+
+  async def metadata(self, infos):
+    return await _together(super().metadata(infos))
 
   async def deserialize(self, infos, args=None):
-    others = asyncio.all_tasks()
-    try:
-      return await super().deserialize(infos, args)
-    except BaseException:
-      if begun := asyncio.all_tasks() - others:
-        await asyncio.wait(begun)
-      raise
+    return await _together(super().deserialize(infos, args))
 
 
-class _ArrayHandler(_EndTogether, ocp.type_handlers.ArrayHandler):
+class _ArrayHandler(_EndTogether, ocp.type_handlers.ArrayHandler):   # writes in one transaction, which fails as one
   pass
 
 
 class _NumpyHandler(_EndTogether, ocp.type_handlers.NumpyHandler):
-  pass
+
+  async def _background_serialize(self, *args):
+    await _together(super()._background_serialize(*args))
+
+
+def writer() -> ocp.PyTreeCheckpointHandler:
+  """Writes a tree of arrays; when it has failed, nothing is being written any more."""
+  jax_arrays = ocp.type_handlers.get_type_handler(jax.Array)
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (np.ndarray, _NumpyHandler()), (jax.Array, jax_arrays)))
 
 
 @contextlib.contextmanager

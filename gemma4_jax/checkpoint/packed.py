@@ -118,7 +118,7 @@ class Writer:
       self._held.setdefault(module, {})[name.split('/', 1)[-1]] = np.asarray(array)
       if not self._left[module]:
         del self._left[module]
-        _save(self._folder / FOLDER / module, ocp.PyTreeCheckpointHandler(), ocp.args.PyTreeSave(self._held.pop(module)))
+        _save(self._folder / FOLDER / module, orbax.writer(), ocp.args.PyTreeSave(self._held.pop(module)))
 
   def close(self) -> None:
     """Writes the config, when every array has come."""

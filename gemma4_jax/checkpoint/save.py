@@ -127,14 +127,20 @@ def beside(dst: str | Path):
     raise ValueError(f'{dst}: cannot be written ({error.strerror or error}); nothing is left there') from error
   finally:
     if scratch:
-      shutil.rmtree(scratch, ignore_errors=True)
+      _remove(scratch)
 
 
 def _remove_abandoned(dst):
   for part in dst.parent.glob(f'.{glob.escape(dst.name)}.part-*'):
     with contextlib.suppress(OSError), (part / 'lock').open('r+') as lock:   # a writer holds it, or it is being removed
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      shutil.rmtree(part, ignore_errors=True)
+      _remove(part)
+
+
+def _remove(part):
+  shutil.rmtree(part, ignore_errors=True)
+  with contextlib.suppress(OSError):   # there is no such folder any more, unless a thread was writing yet: then the next writer removes it
+    (part / 'lock').touch()
 
 
 def _to_host(weight) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Loading from Hugging Face's directories and our own: what arrives, what it costs, and what is refused."""
 
+import asyncio
 import json
 import math
 import os
@@ -442,7 +443,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, make, message):
     load.load(tmp_path / 'in')
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')   # of a thread that read on
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage, message', [
     (lambda folder: (folder / 'config/metadata').unlink(), 'metadata: cannot be read'),
     (lambda folder: (folder / 'config/metadata').write_text('{"model": 3}'), 'holds no model'),
@@ -450,14 +451,37 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, make, message):
     (lambda folder: (folder / 'config/metadata').write_text('{"model": {"with": 3}}'), 'did you mean model.width'),
     (lambda folder: (folder / 'params/_METADATA').write_text('{'), 'not a whole Orbax tree'),
     (lambda folder: (folder / 'params/manifest.ocdbt').unlink(), 'not a whole Orbax tree'),
+    (lambda folder: (folder / 'params/manifest.ocdbt').write_text('[]'), 'not a whole Orbax tree'),
     (lambda folder: max((folder / 'params').rglob('d/*'), key=lambda file: file.stat().st_size).write_bytes(b''), 'not a whole Orbax'),
-], ids=range(7))
-def test_a_damaged_export_is_refused_in_one_line(tmp_path, damage, message):
+], ids=range(8))
+def test_a_damaged_export_is_refused_in_one_line_and_no_thread_says_more(tmp_path, damage, message):
   save.save_orbax(LARGE, weights(LARGE), tmp_path / 'in')
   damage(tmp_path / 'in')
   with pytest.raises(ValueError, match=message) as error:
     load.load(tmp_path / 'in')
   one_line(error)
+
+
+@pytest.mark.parametrize('work', ['metadata', 'deserialize', '_background_serialize'])
+def test_a_failure_of_orbax_is_told_when_nothing_is_at_work_any_more(monkeypatch, work):
+  ended = []
+
+  async def wait():
+    await asyncio.sleep(0.01)
+    ended.append(True)
+
+  async def fail():
+    raise ValueError('damaged')
+
+  async def both(*_):
+    await asyncio.gather(fail(), wait(), wait())
+
+  monkeypatch.setattr(orbax.ocp.type_handlers.NumpyHandler, work, both)
+  with pytest.raises(ValueError, match='damaged'), asyncio.Runner() as runner:
+    try:
+      runner.run(getattr(orbax._NumpyHandler(), work)([]))
+    finally:
+      assert ended == [True, True]
 
 
 def test_a_weight_is_copied_once_on_its_way_to_a_cpu():

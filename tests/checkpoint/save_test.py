@@ -125,10 +125,10 @@ def test_parameters_of_another_config_are_refused(tmp_path):
     save.save_hf(CFG, params_of(CONFIGS['large_kv']), tmp_path / 'out')
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')   # of Orbax's threads that write on
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('write', [save.save_hf, save.save_orbax])
-def test_a_disk_that_is_full_midway_leaves_nothing(tmp_path, write):
-  params = params_of(CFG)
+def test_a_disk_that_is_full_midway_leaves_nothing_and_no_thread_says_more(tmp_path, write):
+  params = jax.tree.map(np.asarray, params_of(CFG))
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))   # a write past this size fails, as past the end of a disk
   try:
@@ -156,6 +156,21 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_and_what_one_is_writin
   assert {entry.name for entry in tmp_path.iterdir()} == {writing, others}
   live.communicate('')
   assert live.returncode == 0 and {entry.name for entry in tmp_path.iterdir()} == {'out', others}
+
+
+def test_what_a_thread_writes_while_a_part_is_removed_is_removed_by_the_next(tmp_path, monkeypatch):
+  def remove(path, **flags):
+    rmtree(path, **flags)
+    path.mkdir()
+  rmtree = save.shutil.rmtree
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), save.beside(tmp_path / 'out') as folder:
+    patch.setattr(save.shutil, 'rmtree', remove)
+    folder.mkdir()
+    raise KeyboardInterrupt
+  assert [entry.name.startswith('.out.part-') for entry in tmp_path.iterdir()] == [True]
+  with save.beside(tmp_path / 'out') as folder:
+    folder.mkdir()
+  assert [entry.name for entry in tmp_path.iterdir()] == ['out']
 
 
 @pytest.mark.parametrize('error', [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=['full', 'stopped'])
