@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import dataclasses
+import os
 from pathlib import Path
 
 from absl import logging
@@ -78,6 +79,18 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
     ValueError: as `load`.
   """
   path = Path(path)
+  try:
+    found = _find(path, config)
+  except (OSError, OverflowError) as error:   # the latter of JAX, for sizes beyond any machine
+    raise ValueError(f'{path}: cannot be read ({error})') from error
+  except ValueError as error:
+    raise error if str(path) in str(error) else ValueError(f'{path}: {error}') from error
+  if found.skipped:
+    logging.info('%s: %d weights of towers that this model does not have were skipped', path, len(found.skipped))
+  return found
+
+
+def _find(path, config):
   if not path.is_dir():
     raise ValueError(f'{path}: no such directory')
   steps = _steps(path) or _steps(path / orbax.RUN)
@@ -98,8 +111,6 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
   else:
     shards.find(path)   # names a half download or a pickle, if that is what is there
     raise AssertionError
-  if found.skipped:
-    logging.info('%s: %d weights of towers that this model does not have were skipped', path, len(found.skipped))
   return found
 
 
@@ -219,7 +230,7 @@ def _google(folder, cfg):
 
 def _config_beside(folder):
   """Of a config.json, theirs or ours (the model, or a run's config)."""
-  if not (folder / 'config.json').exists():
+  if not os.path.lexists(folder / 'config.json'):
     return None
   fields = source.read_json(source.inside(folder, 'config.json'))
   if 'text_config' in fields or 'hidden_size' in fields:

@@ -70,8 +70,8 @@ def write_orbax(folder: Path, cfg: ModelConfig, flat: Mapping[str, jax.Array | n
 def copy_tokenizer(src: str | Path | None, folder: Path) -> None:
   """Files of `COPIED` that `src` has."""
   for name in COPIED if src else ():
-    if (Path(src) / name).exists():
-      shutil.copyfile(source.inside(Path(src), name), folder / name)
+    if os.path.lexists(Path(src) / name):   # a link that leads nowhere is half a download
+      (folder / name).write_bytes(source.read_bytes(source.inside(Path(src), name)))
 
 
 def flat_params(cfg: ModelConfig, params: Mapping) -> dict[str, jax.Array | np.ndarray]:
@@ -95,8 +95,8 @@ def digest(weights: Iterable[tuple[str, np.ndarray]], dtype: str | None = None) 
 
 def check_free(dst: str | Path) -> None:
   """Raises ValueError if something is there already."""
-  if os.path.lexists(dst):
-    raise ValueError(f'{dst}: exists already; choose another destination')
+  if os.path.lexists(Path(dst)):   # of '', this very folder
+    raise ValueError(f'{Path(dst)}: exists already; choose another destination')
 
 
 @contextlib.contextmanager
@@ -116,31 +116,25 @@ def beside(dst: str | Path):
     _remove_abandoned(dst)
     scratch = Path(tempfile.mkdtemp(prefix=f'.{dst.name}.new-', dir=dst.parent))
     with (scratch / 'lock').open('w') as lock:
-      try:
+      with contextlib.suppress(OSError):   # a file system without locks: a name by which nobody removes it
         fcntl.flock(lock, fcntl.LOCK_EX)   # the system lets go of it when this process ends, however it ends
-      except OSError:   # a file system without locks, where nobody could tell a part that is left from one being written
-        (scratch / 'lock').unlink()
-      scratch = scratch.rename(dst.with_name(scratch.name.replace(f'.{dst.name}.new', f'.{dst.name}.part', 1)))   # seen when locked
+        scratch = scratch.rename(dst.with_name(scratch.name.replace(f'.{dst.name}.new', f'.{dst.name}.part', 1)))   # seen when locked
       yield scratch / 'whole'
       os.rename(scratch / 'whole', dst)
   except OSError as error:
     raise ValueError(f'{dst}: cannot be written ({error.strerror or error}); nothing is left there') from error
   finally:
     if scratch:
-      _remove(scratch)
+      shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_abandoned(dst):
   for part in dst.parent.glob(f'.{glob.escape(dst.name)}.part-*'):
-    with contextlib.suppress(OSError), (part / 'lock').open('r+') as lock:   # a writer holds it, or it is being removed
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      _remove(part)
-
-
-def _remove(part):
-  shutil.rmtree(part, ignore_errors=True)
-  with contextlib.suppress(OSError):   # there is no such folder any more, unless a thread was writing yet: then the next writer removes it
-    (part / 'lock').touch()
+    with contextlib.suppress(OSError):
+      if (part / 'lock').exists():   # if not, a thread wrote on while the part was removed
+        with (part / 'lock').open('r+') as lock:
+          fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)   # a writer holds it
+      shutil.rmtree(part, ignore_errors=True)
 
 
 def _to_host(weight) -> np.ndarray:

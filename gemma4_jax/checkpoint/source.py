@@ -144,6 +144,14 @@ def read_json(file: Path) -> dict:
   return value
 
 
+def read_bytes(file: Path) -> bytes:
+  """Raises ValueError: it cannot be read."""
+  try:
+    return file.read_bytes()
+  except OSError as error:
+    raise ValueError(f'{file}: cannot be read ({error.strerror})') from None
+
+
 def parse_json(text: bytes) -> dict:
   """Raises ValueError unless `text` is a JSON object without a key named twice (of which parsers keep one or the other)."""
   def once(pairs):
@@ -167,7 +175,10 @@ def inside(folder: Path, name: str) -> Path:
     ValueError: it lies elsewhere, by its name or through a symbolic link; the links of Hugging Face's download cache, from
       `snapshots/REVISION` to `blobs` beside it, are no elsewhere.
   """
-  file, root = (folder / name).resolve(), folder.resolve()
+  try:
+    file, root = (folder / name).resolve(), folder.resolve()
+  except (OSError, RuntimeError, ValueError) as error:   # a name that none can have, a link to itself
+    raise ValueError(f'{folder}: {name!r} cannot be read ({error})') from None
   roots = [root] + ([root.parent.parent / 'blobs'] if root.parent.name == 'snapshots' else [])
   if not any(file.is_relative_to(where) for where in roots):
     raise ValueError(f'{folder}: {name!r} lies outside of this directory, and is not read')

@@ -11,6 +11,7 @@ weights are read, quantized and written one by one: memory holds the largest of 
 import argparse
 import sys
 
+from gemma4_jax.cli.sample import guard
 from gemma4_jax.config import PLE_TABLES, WEIGHTS
 
 
@@ -28,10 +29,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--check', action='store_true', help='refuse weights that are not finite')
   parser.add_argument('--dry_run', action='store_true', help='say what would be done')
   args = parser.parse_args(argv)
-  try:
-    _convert(args)
-  except ValueError as error:
-    sys.exit(f'error: {error}')
+  guard(lambda: _convert(args))
 
 
 def _convert(args):

@@ -78,9 +78,12 @@ def render(messages: Sequence[Mapping], tools: Sequence[Mapping] | None = None, 
 
 
 def load_template(directory: str | os.PathLike) -> str | None:
-  """Source of the chat template a checkpoint carries; None if it carries none."""
+  """Source of the chat template a checkpoint carries; None if it carries none. Raises ValueError: it cannot be read."""
   path = pathlib.Path(directory).expanduser() / 'chat_template.jinja'
-  return path.read_text(encoding='utf-8') if path.exists() else None
+  try:
+    return path.read_text(encoding='utf-8') if os.path.lexists(path) else None   # a link that leads nowhere is half a download
+  except (OSError, ValueError) as error:
+    raise ValueError(f'{path}: cannot be read ({error})') from None
 
 
 def _marked(messages, tools, controls, thinking, empty_thought_channel, add_generation_prompt, template):

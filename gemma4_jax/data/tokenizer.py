@@ -30,6 +30,7 @@ _BYTES = range(238, 494)
 _BYTE_TOKENS = tuple(f'<0x{byte:02X}>' for byte in range(256))
 _BYTE_TOKEN = re.compile('<0x[0-9A-F]{2}>')
 _SPACE = '\u2581'
+_LARGEST = 2**22    # ids; Gemma 4 has 2**18
 
 # Gemma merges across words. Training without word borders takes 53 s instead of 1.5 s on 10 MB (every document is one
 # word), so text is cut into: line breaks with their indentation; words (identifiers) led by at most one space or sign;
@@ -68,27 +69,31 @@ class Tokenizer:
     try:
       spec = json.loads(serialized)
       self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-    except Exception as e:  # tokenizers raises bare Exception
-      raise ValueError(f'not a tokenizer.json: {e}') from e
+      added_tokens, decoder, model = spec['added_tokens'], spec['decoder'] or {}, spec['model']
+    except (KeyboardInterrupt, SystemExit):
+      raise
+    except BaseException as e:  # tokenizers raises bare Exception, and Rust's panics
+      raise ValueError(f'not a tokenizer.json: {" ".join(str(e).split())}') from e
     self.serialized = serialized
     self.hash = hashlib.sha256(serialized.encode()).hexdigest()
     self._tokenizer.encode_special_tokens = True  # what spells a control token is text
 
     vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocab.values()) + 1
-    added = {token['content']: token['special'] for token in spec['added_tokens']}
+    self.vocab_size = max(vocab.values(), default=0) + 1
+    if self.vocab_size > _LARGEST:
+      raise ValueError(f'an id of {self.vocab_size - 1} is over the {_LARGEST:,} that are read')
+    added = {token['content']: token['special'] for token in added_tokens if token['content'] in vocab}
     ids = {kind: next((vocab[n] for n in names if n in vocab), None) for kind, names in _NAMES.items()}
     if ids['bos'] is None or ids['eos'] is None:
       raise ValueError(f'no token begins or ends a text; looked for {_NAMES["bos"]} and {_NAMES["eos"]}')
     self.bos_id, self.eos_id = ids['bos'], ids['eos']
     self.pad_id = self.eos_id if ids['pad'] is None else ids['pad']
 
-    decoder = spec['decoder'] or {}
     byte_level = any(d.get('type') == 'ByteLevel' for d in [decoder, *decoder.get('decoders', ())])
     # A converter may have put the tab itself in the place of its byte token.
     self._byte_ids = [] if byte_level else [
         vocab.get(name, vocab.get(chr(byte)) if byte < 128 else None) for byte, name in enumerate(_BYTE_TOKENS)]
-    if not byte_level and (None in self._byte_ids or not spec['model'].get('byte_fallback')):
+    if not byte_level and (None in self._byte_ids or not model.get('byte_fallback')):
       raise ValueError('neither byte fallback nor byte-level: some texts would have no tokens')
 
     control = {token for token, special in added.items() if special}

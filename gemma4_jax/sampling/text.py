@@ -72,7 +72,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   if tokens.vocab_size > found.cfg.vocab_size:
     raise ValueError(f'{tokenizer or folder / "tokenizer.json"}: its {tokens.vocab_size} entries are more than the model\'s '
                      f'vocabulary of {found.cfg.vocab_size}: another model\'s tokenizer')
-  template = chat_format.load_template(folder) if source.inside(folder, 'chat_template.jinja').exists() else None
+  template = chat_format.load_template(source.inside(folder, 'chat_template.jinja').parent)
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
   moved = (ple_placement, ple_table) != ('device', found.cfg.ple_table) and found.cfg.embedding != 'frozen_table'   # of another name
   cfg, params = checkpoint.load(directory, param_dtype=param_dtype, mesh=devices, progress=progress, host=[placing.TABLE] if moved else [])
@@ -229,7 +229,7 @@ class Model:
 
 def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], Sampling]:
   file = source.inside(folder, 'generation_config.json')
-  if not file.exists():
+  if not os.path.lexists(file):
     return _named_stops(tokenizer), Sampling()
   fields = {name: value for name, value in source.read_json(file).items() if value is not None}
   stops = fields.get('eos_token_id', _named_stops(tokenizer))

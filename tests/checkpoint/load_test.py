@@ -315,6 +315,17 @@ def link_out(name):
   return damage
 
 
+def link_to_itself(name):
+  def damage(folder):
+    (folder / name).unlink()
+    (folder / name).symlink_to(name)
+  return damage
+
+
+def index_of(file):
+  return text(shards.INDEX, json.dumps({'weight_map': {hf.MULTIMODAL_PREFIX + 'norm.weight': file}}).encode())
+
+
 def only_a_pickle(folder):
   (folder / 'model.safetensors').unlink()
   (folder / 'pytorch_model.bin').write_bytes(b'\x80\x04.')
@@ -343,6 +354,10 @@ DAMAGE = {
     'a pickle': (only_a_pickle, 'pytorch_model.bin is a pickle, which is not read: it can hold code'),
     'a linked file': (link_out('model.safetensors'), 'lies outside of this directory'),
     'a linked config': (link_out('config.json'), 'lies outside of this directory'),
+    'weights that link to themselves': (link_to_itself('model.safetensors'), 'cannot be read|half downloaded'),
+    'a config that links to itself': (link_to_itself('config.json'), 'cannot be read'),
+    'an index of a name that no file has': (index_of('a\0b'), 'cannot be read'),
+    'an index of a name too long for one': (index_of('a' * 300), 'cannot be read'),
     'no config': (drop_config, 'config.json: cannot be read'),
     'a config that is no JSON': (text('config.json', b'{"a": '), 'config.json: cannot be read as JSON'),
     'a config that is a list': (text('config.json', b'[]'), 'config.json: cannot be read as JSON'),
@@ -443,23 +458,39 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, make, message):
     load.load(tmp_path / 'in')
 
 
+def test_a_path_that_no_system_has_is_refused():
+  with pytest.raises(ValueError, match='aaa: cannot be read'):
+    load.load('a' * 300)
+
+
+def model_field(**fields):
+  def damage(folder):
+    value = json.loads((folder / 'config/metadata').read_text())
+    value['model'].update(fields)
+    write_json(folder / 'config/metadata', value)
+  return damage
+
+
 @pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage, message', [
     (lambda folder: (folder / 'config/metadata').unlink(), 'metadata: cannot be read'),
     (lambda folder: (folder / 'config/metadata').write_text('{"model": 3}'), 'holds no model'),
     (lambda folder: (folder / 'config/metadata').write_text('{"model": {"num_layers": 1000000000}}'), 'layers are more than'),
     (lambda folder: (folder / 'config/metadata').write_text('{"model": {"with": 3}}'), 'did you mean model.width'),
+    (model_field(vocab_size=10**12), 'cannot be read'),
+    (model_field(vocab_size=1), 'checkpoint does not fit the model'),
     (lambda folder: (folder / 'params/_METADATA').write_text('{'), 'not a whole Orbax tree'),
     (lambda folder: (folder / 'params/manifest.ocdbt').unlink(), 'not a whole Orbax tree'),
     (lambda folder: (folder / 'params/manifest.ocdbt').write_text('[]'), 'not a whole Orbax tree'),
     (lambda folder: max((folder / 'params').rglob('d/*'), key=lambda file: file.stat().st_size).write_bytes(b''), 'not a whole Orbax'),
-], ids=range(8))
+], ids=range(10))
 def test_a_damaged_export_is_refused_in_one_line_and_no_thread_says_more(tmp_path, damage, message):
   save.save_orbax(LARGE, weights(LARGE), tmp_path / 'in')
   damage(tmp_path / 'in')
   with pytest.raises(ValueError, match=message) as error:
     load.load(tmp_path / 'in')
   one_line(error)
+  assert str(tmp_path / 'in') in str(error.value)
 
 
 @pytest.mark.parametrize('work', ['metadata', 'deserialize', '_background_serialize'])

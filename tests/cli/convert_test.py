@@ -74,6 +74,38 @@ def test_an_existing_destination_is_refused(tmp_path, flags):
   assert 'b: exists already' in refused([f'--src={tmp_path / "a"}', f'--dst={tmp_path / "b"}', '--to=hf', *flags])
 
 
+def test_this_very_folder_is_no_destination(tmp_path, monkeypatch):
+  write_source(tmp_path / 'a')
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  assert 'exists already' in refused([f'--src={tmp_path / "a"}', '--dst=', '--to=hf'])
+  assert {entry.name for entry in tmp_path.iterdir()} == {'a', 'here'}
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+  def stop(*_, **__):
+    raise KeyboardInterrupt
+  write_source(tmp_path / 'a', hf_models.configs()['large_kv'])
+  monkeypatch.setattr(save, 'write_hf', stop)
+  with pytest.raises(SystemExit) as stopped:
+    convert.main([f'--src={tmp_path / "a"}', f'--dst={tmp_path / "b"}', '--to=hf'])
+  assert stopped.value.code == 130 and capsys.readouterr().err.strip() == 'stopped'
+  assert [entry.name for entry in tmp_path.iterdir()] == ['a']
+
+
+@pytest.mark.parametrize('name', ['tokenizer.json', 'chat_template.jinja'])
+@pytest.mark.parametrize('damage', [
+    lambda file: file.symlink_to(file.name), lambda file: file.symlink_to('blob'), lambda file: file.mkdir()],
+    ids=['a link to itself', 'a link to nothing', 'a folder'])
+def test_a_file_beside_the_weights_that_cannot_be_read_is_named_and_not_left_out(tmp_path, name, damage):
+  write_source(tmp_path / 'a', hf_models.configs()['large_kv'])
+  (tmp_path / 'a' / name).unlink()
+  damage(tmp_path / 'a' / name)
+  said = refused([f'--src={tmp_path / "a"}', f'--dst={tmp_path / "b"}', '--to=hf'])
+  assert name in said and 'cannot be read' in said
+  assert [entry.name for entry in tmp_path.iterdir()] == ['a']
+
+
 def damage_nan(folder):
   state = safetensors.numpy.load_file(folder / 'model.safetensors')
   state['model.norm.weight'][3] = np.nan

@@ -252,10 +252,20 @@ def test_the_size_named_when_the_text_is_too_short_works():
   assert Tokenizer.train(TEXTS, size).vocab_size == size
 
 
+def without(part):
+  spec = json.loads(FAMILIES['stand-in'].serialized)
+  del spec[part]
+  return json.dumps(spec)
+
+
 @pytest.mark.parametrize('content, message', [
     (None, 'No such file'),
     ('{', 'not a tokenizer.json'),
     ('[]', 'not a tokenizer.json'),
+    (without('added_tokens'), "not a tokenizer.json: 'added_tokens'"),
+    (without('decoder'), "not a tokenizer.json: 'decoder'"),
+    (FAMILIES['stand-in'].serialized.replace('"<mask>":4', '"<mask>":4294967295'), 'an id of 4294967295 is over'),
+    (FAMILIES['stand-in'].serialized.replace('"vocab":{', '"vocab":{},"x":{'), 'not a tokenizer.json: Token'),   # told in two lines
     (tokenizers.Tokenizer(models.WordLevel({'<bos>': 0, '<eos>': 1}, '<bos>')).to_str(), 'neither byte fallback nor byte-level'),
     (tokenizers.Tokenizer(models.BPE({'a': 0}, [])).to_str(), 'no token begins or ends a text'),
     (FAMILIES['stand-in'].serialized.replace('"byte_fallback":true', '"byte_fallback":false'), 'neither byte fallback nor byte-level'),

@@ -293,6 +293,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_a_weight_is_read(tmp_p
   assert message in str(error.value) and '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('name, damage', [
+    ('chat_template.jinja', lambda file: file.symlink_to('blob')), ('chat_template.jinja', lambda file: file.write_bytes(b'\xff')),
+    ('generation_config.json', lambda file: file.symlink_to('blob'))], ids=['template', 'template of bytes', 'settings'])
+def test_a_file_that_is_there_and_cannot_be_read_is_not_left_out(tmp_path, name, damage):
+  folder = tiny.write(tmp_path / 'a')
+  (folder / name).unlink(missing_ok=True)
+  damage(folder / name)
+  with pytest.raises(ValueError, match=f'{name}: cannot be read'):
+    text.load(folder)
+
+
 @pytest.mark.parametrize('embedding', ['none', 'projection_only'])
 def test_a_checkpoint_without_a_table_has_none_to_place_and_no_weight_is_read(tmp_path, monkeypatch, embedding):
   cfg = tiny.CFG.replace(embedding=embedding)
