@@ -111,8 +111,13 @@ def leaves(folder: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], str]]:
   with _reading(folder) as (handler, where):
     tree = handler.metadata(where).tree
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {tuple(str(part.key) for part in path): (tuple(leaf.shape), str(leaf.dtype)) for path, leaf in flat
-            if all(isinstance(part, jax.tree_util.DictKey) for part in path) and hasattr(leaf, 'shape')}   # a string has none
+    found = {tuple(str(part.key) for part in path): leaf for path, leaf in flat
+             if all(isinstance(part, jax.tree_util.DictKey) for part in path) and hasattr(leaf, 'shape')}   # a string has none
+    for key, leaf in found.items():
+      chunk = leaf.storage and leaf.storage.chunk_shape
+      if chunk and any(inside > max(size, 1) for inside, size in zip(chunk, leaf.shape)):   # TensorStore makes room for all of it
+        raise ValueError(f'{"/".join(key)}: chunks of {list(chunk)} in an array of {list(leaf.shape)}')
+    return {key: (tuple(leaf.shape), str(leaf.dtype)) for key, leaf in found.items()}
 
 
 def read(folder: Path, keys: Sequence[tuple[str, ...]]) -> list[np.ndarray]:

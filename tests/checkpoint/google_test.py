@@ -186,10 +186,16 @@ def test_missing_and_unknown_weights_are_one_error_with_names_and_shapes(tmp_pat
     load.load(tmp_path / 'in', config=cfg)
 
 
-def test_a_tree_of_one_file_a_weight_with_a_file_missing_is_refused(tmp_path):
+def test_a_tree_of_one_file_a_weight_with_a_file_missing_or_chunks_beyond_its_array_is_refused(tmp_path):
   cfg, state = MODELS['large_kv'], hf_models.random_state(MODELS['large_kv'])
   write(tmp_path / 'in', nested(tree_of(cfg, state)), use_ocdbt=False)
   load.load(tmp_path / 'in', config=cfg)
+  header = tmp_path / 'in/final_norm.scale/.zarray'
+  sound = header.read_text()
+  header.write_text(json.dumps(json.loads(sound) | {'chunks': [10**10]}))
+  with pytest.raises(ValueError, match=r'not a whole Orbax tree \(final_norm/scale: chunks of \[10000000000\] in an array of \[64\]'):
+    load.load(tmp_path / 'in', config=cfg)
+  header.write_text(sound)
   chunk = next(file for file in (tmp_path / 'in/final_norm.scale').rglob('*') if file.is_file() and not file.name.startswith(('.', 'z')))
   chunk.unlink()
   with pytest.raises(ValueError, match='not a whole Orbax tree'):
