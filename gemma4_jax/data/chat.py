@@ -88,9 +88,12 @@ def load_template(directory: str | os.PathLike) -> str | None:
 
 def _marked(messages, tools, controls, thinking, empty_thought_channel, add_generation_prompt, template):
   """The prompt with marks in its texts, and the function that takes them out."""
-  messages, tools = _messages(messages), _tools(tools)
   written = set(template or '')
-  _map_text([messages, tools], written.update)
+  try:
+    messages, tools = _messages(messages), _tools(tools)
+    _map_text([messages, tools], written.update)
+  except RecursionError:
+    raise ValueError('messages, tools: nested too deeply') from None
   marks = dict(zip(sorted({token[0] for token in controls}), _unwritten(written)))
   mark, restore = str.maketrans(marks), str.maketrans({mark: first for first, mark in marks.items()})
   messages, tools = (_map_text(part, lambda text: text.translate(mark)) for part in (messages, tools))
@@ -123,7 +126,7 @@ def _map_text(value, change):
 
 def _messages(messages) -> list[dict]:
   """Results of tools go into `tool_responses` of the message that called: both generations of the template read them there."""
-  if isinstance(messages, str | Mapping) or not messages:
+  if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
     raise ValueError("messages: give a list of {'role': .., 'content': ..}, at least one")
   out = []
   for n, message in enumerate(messages):
@@ -144,6 +147,9 @@ def _messages(messages) -> list[dict]:
       reasoning = message.get('reasoning') or message.get('reasoning_content')
       if reasoning:
         own |= {'reasoning': reasoning, 'reasoning_content': reasoning}
+      for field in ('tool_calls', 'tool_responses'):
+        if not isinstance(message.get(field) or [], list | tuple):
+          raise ValueError(f'{where}: {field} must be a list, not {message[field]!r}')
       if message.get('tool_calls'):
         own |= {'tool_calls': [_call(call, where) for call in message['tool_calls']], 'tool_responses': []}
       results = message.get('tool_responses') or []
@@ -157,6 +163,8 @@ def _messages(messages) -> list[dict]:
         raise ValueError(f'{where}: tool_responses without tool_calls')
       answer, own['content'] = own['content'], ''
       for result in results:
+        if not isinstance(result, Mapping):
+          raise ValueError(f"{where}: tool response {result!r} is no {{'name': .., 'response': ..}}")
         _add_result(own, {'name': result.get('name'), 'content': result.get('response')}, where)
       _check_results(out, f'in {where}')
       if answer:
@@ -179,6 +187,7 @@ def _content(content, where: str) -> str | None:
 
 def _call(call, where: str) -> dict:
   function = call.get('function', call) if isinstance(call, Mapping) else {}
+  function = function if isinstance(function, Mapping) else {}
   name, arguments = function.get('name'), function.get('arguments', {})
   if isinstance(arguments, str):  # as the OpenAI API sends them
     try:
@@ -217,11 +226,15 @@ def _check_results(messages: list[dict], where: str) -> None:
 
 def _tools(tools) -> list[dict]:
   out = []
+  if not isinstance(tools or [], list | tuple):
+    raise ValueError(f'tools: must be a list, not {tools!r}')
   for n, tool in enumerate(tools or ()):
     function = tool.get('function', tool) if isinstance(tool, Mapping) else {}
-    if not isinstance(function.get('name'), str):
+    if not isinstance(function, Mapping) or not isinstance(function.get('name'), str):
       raise ValueError(f"tools[{n}]: {tool!r} is no {{'name': .., 'description': .., 'parameters': ..}}")
     parameters = function.get('parameters') or {}
+    if not isinstance(parameters, Mapping):
+      raise ValueError(f'tools[{n}] ({function["name"]}): parameters must be a mapping, not {parameters!r}')
     if parameters:
       parameters = {'type': 'object', **parameters}
       _check_schema(parameters, f'tools[{n}] ({function["name"]})')
@@ -236,6 +249,8 @@ def _check_schema(schema, where: str) -> None:
   for field in ('required', 'enum'):
     if not isinstance(schema.get(field) or [], list | tuple):
       raise ValueError(f'{where}: {field} must be a list, not {schema[field]!r}')
+  if not isinstance(schema.get('properties', {}), Mapping | None):
+    raise ValueError(f'{where}: properties must be a mapping, not {schema["properties"]!r}')
   for name, inner in (schema.get('properties') or {}).items():
     _check_schema(inner, f'{where}.{name}')
   if schema.get('items'):
@@ -337,7 +352,7 @@ def _items(schema: Mapping) -> str:
   """The template writes a list's items in the order of their names and quotes the keys of what is nested deeper."""
   parts = []
   for key, value in _sorted(schema):
-    if key == 'properties':
+    if key == 'properties' and value is not None:
       parts.append(f'properties:{{{_properties(value)}}}')
     elif key == 'type':
       parts.append(_type(schema))
