@@ -382,7 +382,7 @@ def _render_template(source: str, **variables) -> str:
   try:
     return environment.from_string(source).render(**variables)
   except Exception as e:  # a template may fail in any way Python can
-    raise ValueError(f'chat_template.jinja cannot be rendered: {type(e).__name__}: {e}') from e
+    raise ValueError(f'chat_template.jinja cannot be rendered: {type(e).__name__}: {" ".join(str(e).split())}') from e
 
 
 # Generated tokens back to a message.

@@ -249,7 +249,7 @@ def test_a_prompt_begins_with_one_bos_whether_the_template_writes_it_or_not(temp
 @needs_jinja2
 @pytest.mark.parametrize('template, message', [
     ('{{ bos_token }}{{ bos_token }}', 'beginning-of-text token more than once'),
-    ('{{ raise_exception("roles must alternate") }}', 'TemplateError: roles must alternate'),
+    ('{{ raise_exception("roles\\nmust alternate") }}', 'TemplateError: roles must alternate'),
     ('{% if %}', 'TemplateSyntaxError'),
     ('{{ messages.append(1) }}', 'SecurityError'),
     ("{{ ''.__class__.__mro__ }}", 'SecurityError'),
