@@ -27,9 +27,14 @@ def main(argv: list[str] | None = None) -> None:
 def _chat(args):
   with contextlib.suppress(ImportError):
     import readline  # noqa: F401  (input() then edits lines and remembers them)
+  if sys.stdin is None:
+    raise ValueError('standard input is closed: there is nobody to talk to')
   model = sample.load_model(args)   # JAX loads with it: it need not for --help
   from gemma4_jax.sampling import text
   context = min(8192, model.cfg.context_length) if args.context is None else args.context
+  shortest = len(model.encode_chat([{'role': 'user', 'content': 'a'}]))   # a tokenizer or template that writes no chats is told here
+  if context <= shortest:
+    raise ValueError(f'--context={context}: a short message takes {shortest} tokens, and an answer needs room, too')
   chat = Chat(text.Conversation(model, context), args.system, args.thinking, max_new_tokens=args.max_new_tokens,
               sampling=sample.sampling(args, model), seed=args.seed, stop_strings=args.stop)
   _say(f'{_COMMANDS}; Ctrl-C stops an answer')

@@ -56,7 +56,11 @@ def _sample(args):
     raise ValueError(f'--samples={args.samples}: at least one, and just one with --stream')
   if args.best_of is not None and (args.best_of < args.samples or args.stream):
     raise ValueError(f'--best_of={args.best_of}: at least --samples={args.samples}, and not with --stream: the best is known at the end')
+  if args.prompt == '-' and sys.stdin is None:
+    raise ValueError('--prompt=-: standard input is closed')
   prompt = sys.stdin.read().removesuffix('\n') if args.prompt == '-' else args.prompt
+  if not (prompt.strip() if args.chat else prompt):   # a message is trimmed
+    raise ValueError('--prompt: empty; give some text')
   model = load_model(args)   # JAX loads with it: it need not for --help
 
   from gemma4_jax.sampling import text

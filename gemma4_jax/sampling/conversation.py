@@ -34,7 +34,7 @@ class Conversation:
     if len(ids) >= self.context:
       raise ValueError(f'the conversation: its {len(ids)} tokens leave no room for an answer in a context of {self.context}')
     held = [*self._prompt, *self._run.rows[0].tokens] if self._run is not None and self._run.finished else []
-    goes_on = self._run is None or bool(held) and held == ids[:len(held)] != ids
+    goes_on = self._session is not None and self._run is None or bool(held) and held == ids[:len(held)] != ids
 
     def open_session():
       if not goes_on:

@@ -10,9 +10,12 @@ a row's tokens do not depend on its batch. Where the parameters are on a mesh, s
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 from functools import partial
 import math
+import signal
+import threading
 
 from flax import struct
 import jax
@@ -77,7 +80,7 @@ def generate(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *
   Raises:
     ValueError: before anything is compiled, naming what cannot be.
   """
-  session = Session(cfg, params, len(prompts), _needed(prompts, max_new_tokens), kv=kv)
+  session = Session(cfg, params, len(prompts), _needed(cfg, prompts, max_new_tokens), kv=kv)
   if samples < 1:
     raise ValueError(f'samples: {samples} is not positive')
   _choices(cfg, len(prompts) * samples, sampling, seed, stop_ids)   # before anything is compiled
@@ -93,7 +96,7 @@ def stream(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], *, 
            sampling: Sampling | Sequence[Sampling] = Sampling(), seed: int | Sequence[int] = 0,
            stop_ids: Sequence[int] = STOP_IDS, kv: kv_format.KV = 'exact') -> Iterator[list[np.ndarray]]:
   """As `generate`, but yields every row's new tokens (int32) after each `every` steps: the same tokens in all."""
-  session = Session(cfg, params, len(prompts), _needed(prompts, max_new_tokens), kv=kv)
+  session = Session(cfg, params, len(prompts), _needed(cfg, prompts, max_new_tokens), kv=kv)
   _choices(cfg, len(prompts), sampling, seed, stop_ids)   # before anything is compiled
   session.append(prompts)
   for part in session.generate(max_new_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids, every=every):
@@ -117,9 +120,25 @@ def score(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], cont
     raise ValueError(f'prompt and continuation: {longest} tokens are more than model.context_length = {cfg.context_length}')
   T = _bucket(longest)
   ids, seg = _padded(rows, T)
-  with sharding.use(sharding.of(params)):
+  with uninterrupted(), sharding.use(sharding.of(params)):
     logprobs = np.asarray(_logprobs(cfg.replace(scan=False), params, ids, seg))
   return [logprobs[i, len(p) - 1:len(row) - 1] for i, (p, row) in enumerate(zip(prompts, rows))]
+
+
+@contextlib.contextmanager
+def uninterrupted():
+  """Ctrl-C comes at the end of the block. XLA goes on with a program that Python has left: one whose buffers are let go crashes."""
+  if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    yield
+    return
+  pressed = []
+  signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+  if pressed:
+    raise KeyboardInterrupt
 
 
 class Session:
@@ -205,12 +224,12 @@ class Session:
 
   def _generate(self, max_new_tokens, settings, keys, stops, every):
     settings, keys = self._placed((settings, keys))
-    with sharding.use(self._mesh):
+    with uninterrupted(), sharding.use(self._mesh):
       self._state = _first(self._cfg, self._state, self._logits, settings, keys, stops)
-    self._logits, self._pending = None, True
+      self._logits, self._pending = None, True
+      first = jax.device_get((self._state.token_B, self._state.logprob_B, self._state.done_B))
     B, slots = len(self.length), _bucket(min(every, max_new_tokens), 1)
     count, alive = 1, np.ones(B, bool)
-    first = jax.device_get((self._state.token_B, self._state.logprob_B, self._state.done_B))
     new = [([token], [logprob]) for token, logprob, _ in zip(*first)]
     done = first[2]
     while True:
@@ -218,14 +237,14 @@ class Session:
       if limit > 0 and not done.all():
         alive = ~done
         before = np.asarray(self._state.cache.length_B)
-        with sharding.use(self._mesh):
+        with uninterrupted(), sharding.use(self._mesh):
           self._state, tokens, logprobs = _decode(
               self._cfg, self._params, self._state, settings, keys, stops, jnp.int32(count + limit), slots=slots)
-        tokens, logprobs, done, after = jax.device_get((tokens, logprobs, self._state.done_B, self._state.cache.length_B))
+          tokens, logprobs, done, after = jax.device_get((tokens, logprobs, self._state.done_B, self._state.cache.length_B))
+          self.length = after.astype(np.int64)
         for row, steps in enumerate(after - before):
           new[row] = ([*new[row][0], *tokens[row, :steps]], [*new[row][1], *logprobs[row, :steps]]) if alive[row] else new[row]
         count += limit
-        self.length = after.astype(np.int64)
       self.stopped = np.array(done)
       yield [(np.array(tokens, np.int32), np.array(logprobs, np.float32)) for tokens, logprobs in new]
       new = [([], []) for _ in range(B)]
@@ -316,23 +335,23 @@ def _row(cfg, ids, what) -> np.ndarray:
 def _choices(cfg, batch, sampling, seed, stop_ids):
   """(settings, a key a row, stop ids padded with -1), or a ValueError."""
   rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
-  seeds = [(seed, i) for i in range(batch)] if isinstance(seed, (int, np.integer)) else [(s, 0) for s in seed]
+  seeds = [(s, 0) for s in seed] if isinstance(seed, Sequence | np.ndarray) else [(seed, i) for i in range(batch)]
   if len(rows) != batch or len(seeds) != batch:
     raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {batch}')
-  if wrong := [s for s, _ in seeds if not 0 <= s < 2**32]:
-    raise ValueError(f'seed: {wrong[0]} is not between 0 and 2**32')
+  if wrong := [s for s, _ in seeds if not (isinstance(s, int | np.integer) and 0 <= s < 2**32)]:
+    raise ValueError(f'seed: {wrong[0]!r} is no whole number from 0 to 2**32 - 1')
   stops = np.full(_bucket(len(stop_ids), 8), -1, np.int32)
-  stops[:len(stop_ids)] = stop_ids
+  stops[:len(stop_ids)] = list(stop_ids)   # of a set, too
   keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(*jnp.asarray(np.array(seeds, np.uint32).T))
   return sampler.Settings.make(rows, cfg.vocab_size), keys, jnp.asarray(stops)
 
 
-def _needed(prompts, max_new_tokens) -> int:
+def _needed(cfg, prompts, max_new_tokens) -> int:
   if len(prompts) == 0:
     raise ValueError('no prompts: a batch has at least one')
-  if max_new_tokens < 1:
-    raise ValueError(f'max_new_tokens: {max_new_tokens} is not positive')
-  return max(len(prompt) for prompt in prompts) + max_new_tokens
+  if not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+    raise ValueError(f'max_new_tokens: {max_new_tokens!r} is no whole number from 1 on')
+  return max(len(_row(cfg, prompt, f'prompt {i}')) for i, prompt in enumerate(prompts)) + max_new_tokens
 
 
 def _padded(rows, length) -> tuple[np.ndarray, np.ndarray]:

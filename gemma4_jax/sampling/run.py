@@ -78,8 +78,8 @@ class Run:
     """
     sampling = model.sampling if sampling is None else sampling
     sampling.check(model.cfg.vocab_size)
-    if max_new_tokens < 1 or samples < 1:
-      raise ValueError(f'max_new_tokens: {max_new_tokens}, samples: {samples}: not positive')
+    if not all(isinstance(n, int | np.integer) and n >= 1 for n in (max_new_tokens, samples)):
+      raise ValueError(f'max_new_tokens: {max_new_tokens!r}, samples: {samples!r}: whole numbers from 1 on')
     one = not isinstance(seed, Sequence | np.ndarray)
     if not all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in ([seed] if one else seed)):
       raise ValueError(f'seed: {seed!r} is no whole number from 0 to 2**32 - 1')
@@ -96,10 +96,11 @@ class Run:
 
   def _run(self, session, new, samples, settings):
     stats, clock = self.stats, _Clock()
-    session.append(new)
-    if samples != 1:
-      session.fork(samples)
-    session.wait()
+    with generate.uninterrupted():
+      session.append(new)
+      if samples != 1:
+        session.fork(samples)
+      session.wait()
     stats.prompt_tokens, stats.cache_bytes = sum(map(len, new)), session.cache_bytes
     stats.prefill_seconds, prefill_compiled = clock.read()
     stats.prefill_peak_bytes = hardware.peak_memory_bytes()

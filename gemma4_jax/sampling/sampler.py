@@ -41,6 +41,9 @@ class Sampling:
         raise ValueError(f'{name}: {getattr(self, name)!r} {why}')
     for name in ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty'):
       require(math.isfinite(getattr(self, name)), name, 'is no number')
+    for name in ('temperature', 'top_p', 'repetition_penalty'):
+      value = getattr(self, name)
+      require(value <= 0 or 1e-30 <= value <= 1e30, name, 'is not between 1e-30 and 1e30, within which float32 can divide logits')
     require(self.temperature >= 0, 'temperature', 'is negative; 0 is greedy')
     require(0 <= self.top_k <= size and self.top_k == int(self.top_k), 'top_k',
             f"is no whole number from 0 (all) to the vocabulary's size{'' if vocab_size is None else f', {vocab_size}'}")

@@ -222,8 +222,8 @@ class Model:
     """A run over prompts of `encode` or `encode_chat`; `settings` are those of `Run`."""
     if not prompts:
       raise ValueError('prompt: none given')
-    capacity, kv = max(map(len, prompts)) + max_new_tokens, self.kv if kv is None else kv
-    return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), capacity, kv=kv), kv=kv,
+    longest, kv = max(map(len, prompts)), self.kv if kv is None else kv
+    return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), longest + max_new_tokens, kv=kv), kv=kv,
                max_new_tokens=max_new_tokens, samples=samples, **settings)
 
 

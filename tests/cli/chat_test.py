@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from gemma4_jax.cli import chat
+from gemma4_jax.data.tokenizer import Tokenizer
 from gemma4_jax.sampling import text
 from gemma4_jax.sampling.sampler import GREEDY
 from tests import tiny
@@ -162,12 +163,16 @@ def test_flags_reach_the_model_and_every_answer(tmp_path, monkeypatch, capsys):
     (['--checkpoint=/nowhere', '--max_new_tokens=0'], '--max_new_tokens=0'),
     (['--checkpoint=/nowhere', '--prompt=x'], 'unrecognized arguments'),
     (['--checkpoint=HERE', '--context=999'], 'context_length = 256'),
+    (['--checkpoint=HERE', '--context=-1'], '--context=-1'),
+    (['--checkpoint=HERE', '--tokenizer=HERE/short.json'], 'the tokenizer has no <turn|>'),
     (['--checkpoint=/nowhere', '--kv=turbo'], "kv: 'turbo' is none of exact, separate"),
     (['--checkpoint=/nowhere', '--ple_placement=disk'], "invalid choice: 'disk' (choose from"),
 ])
-def test_what_is_wrong_is_one_line(flags, message, tmp_path, capsys):
+def test_what_is_wrong_is_one_line(flags, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr('builtins.input', lambda prompt: pytest.fail('it began'))
   if 'HERE' in ''.join(flags):
-    tiny.write(tmp_path / 'a')
+    toys = Tokenizer.train(['to be or not to be, that is the question'], 280)   # of a model that learnt no chats
+    tiny.write(tmp_path / 'a', **{'short.json': toys.serialized})
   with pytest.raises(SystemExit) as stop:
     chat.main([flag.replace('HERE', str(tmp_path / 'a')) for flag in flags])
   assert message in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')

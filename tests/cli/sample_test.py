@@ -144,6 +144,8 @@ def test_random_weights_need_no_checkpoint(capsys, monkeypatch):
     (['--prompt=x', '--checkpoint=/nowhere', '--samples=2', '--stream'], '--samples=2'),
     (['--prompt=x', '--checkpoint=/nowhere', '--stream', '--json'], 'not allowed with'),
     (['--prompt=x', '--checkpoint=/nowhere', '--thinking'], 'need --chat'),
+    (['--prompt=', '--checkpoint=/nowhere'], '--prompt: empty'),
+    (['--prompt= ', '--checkpoint=/nowhere', '--chat'], '--prompt: empty'),
     (['--prompt=x', '--checkpoint=/nowhere', '--dtype=int8'], "invalid choice: 'int8'"),
     (['--prompt=x', '--checkpoint=/nowhere', '--ple_placement=disk'], "invalid choice: 'disk' (choose from"),
     (['--prompt=x', '--checkpoint=/nowhere', '--ple_table=int2'], "invalid choice: 'int2' (choose from"),
@@ -164,6 +166,12 @@ def test_what_is_wrong_is_one_line(checkpoint, flags, message):
   with pytest.raises(SystemExit) as stop:
     sample.main([flag.replace('HERE', str(checkpoint)) for flag in flags])
   assert message in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')
+
+
+def test_a_closed_standard_input_is_one_line(monkeypatch):
+  monkeypatch.setattr(sys, 'stdin', None)
+  with pytest.raises(SystemExit, match='error: --prompt=-: standard input is closed'):
+    sample.main(['--checkpoint=/nowhere', '--prompt=-'])
 
 
 @pytest.mark.parametrize('told', ['RESOURCE_EXHAUSTED: too much.\nmore', 'INTERNAL: Out of memory allocating 1 bytes.'])

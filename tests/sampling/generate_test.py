@@ -1,6 +1,8 @@
 """Generation: greedy tokens against a loop that recomputes everything, ragged batches, streams, stops, continued conversations."""
 
 import functools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +108,30 @@ def test_a_conversation_goes_on_as_if_recomputed():
     np.testing.assert_array_equal(row, out.tokens)
 
 
+def test_ctrl_c_in_a_step_comes_when_the_step_is_over(monkeypatch):
+  whole = greedy(CFG, params(), [[1, 2, 3]])[0].tokens
+  session = generate.Session(CFG, params(), 1, 40)
+  session.append([[1, 2, 3]])
+  decode = generate._decode
+
+  def pressed(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    return decode(*args, **kwargs)
+
+  monkeypatch.setattr(generate, '_decode', pressed)
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)   # where tests run in the background it is ignored
+  try:
+    with pytest.raises(KeyboardInterrupt):
+      next(session.generate(8, sampling=GREEDY, stop_ids=(), every=4))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  finally:
+    signal.signal(signal.SIGINT, before)
+  monkeypatch.undo()
+  session.append([[5]])
+  after = np.concatenate([part[0][0] for part in session.generate(4, sampling=GREEDY, stop_ids=())])
+  np.testing.assert_array_equal(after, greedy(CFG, params(), [[1, 2, 3, *whole[:4], 5]])[0].tokens[:4])
+
+
 def test_long_prompts_run_in_chunks(monkeypatch):
   prompts = [RNG.randint(1, 128, n).tolist() for n in (50, 17)]
   whole = greedy(CFG, params(), prompts)
@@ -151,8 +177,10 @@ def test_scores_are_log_probabilities_of_the_continuation():
     ({'prompts': [[1, 128]]}, 'id 128 is outside the vocabulary of 128'),
     ({'prompts': [[-1]]}, 'id -1 is outside'),
     ({'prompts': [[1.5]]}, 'no tokens'),
+    ({'prompts': [1, 2, 3]}, 'prompt 0: no tokens'),
     ({'prompts': [[1] * 300]}, 'context_length = 256'),
     ({'max_new_tokens': 0}, 'max_new_tokens: 0'),
+    ({'max_new_tokens': 4.5}, 'max_new_tokens: 4.5 is no whole number'),
     ({'max_new_tokens': 255}, 'context_length = 256'),
     ({'sampling': Sampling(temperature=-1.0)}, 'temperature: -1.0 is negative'),
     ({'sampling': Sampling(temperature=float('nan'))}, 'temperature: nan'),
@@ -162,10 +190,17 @@ def test_scores_are_log_probabilities_of_the_continuation():
     ({'sampling': Sampling(repetition_penalty=0.0)}, 'repetition_penalty: 0.0'),
     ({'sampling': [GREEDY, GREEDY]}, 'for a batch of 1'),
     ({'seed': [1, 2]}, 'for a batch of 1'),
+    ({'seed': 1.5}, 'seed: 1.5 is no whole number'),
+    ({'seed': [1.5]}, 'seed: 1.5 is no whole number'),
+    ({'sampling': Sampling(temperature=1e-40)}, 'temperature: 1e-40'),
+    ({'sampling': Sampling(temperature=1e300)}, 'temperature: 1e\\+300'),
+    ({'sampling': Sampling(top_p=1e-50)}, 'top_p: 1e-50'),
+    ({'sampling': Sampling(repetition_penalty=1e-38)}, 'repetition_penalty: 1e-38'),
     ({'samples': 0}, 'samples: 0'),
     ({'kv': 'turbo'}, "kv: 'turbo'"),
 ], ids=lambda value: str(value)[:50])
-def test_what_cannot_be_is_refused_by_name(change, named):
+def test_what_cannot_be_is_refused_by_name(change, named, monkeypatch):
+  monkeypatch.setattr(generate, '_prefill', lambda *_, **__: pytest.fail('something ran'))
   with pytest.raises(ValueError, match=named):
     generate.generate(CFG, params(), **{'prompts': [[1, 2, 3]], 'max_new_tokens': 4, **change})
 

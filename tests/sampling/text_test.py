@@ -203,6 +203,21 @@ def test_an_answer_left_early_is_run_again_from_the_start():
   assert reply.run.stats.prompt_tokens == len(MODEL.encode_chat(WRITTEN))
 
 
+def test_a_conversation_whose_new_cache_was_interrupted_goes_on(monkeypatch):
+  talk = text.Conversation(endless(), 64)
+  asked = dict(max_new_tokens=4, sampling=GREEDY)
+  talk.reply(ASKED, **asked).finish()
+
+  def pressed(*_, **__):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(generate, 'Session', pressed)
+  with pytest.raises(KeyboardInterrupt):
+    talk.reply(WRITTEN, **asked)
+  monkeypatch.undo()
+  assert talk.reply(ASKED, **asked).finish() == endless().chat(ASKED, **asked)
+
+
 def test_an_answer_ends_where_the_context_does_and_a_prompt_over_it_is_refused():
   ids = MODEL.encode_chat(ASKED)
   talk = text.Conversation(endless(), len(ids) + 5)
@@ -338,6 +353,8 @@ def test_a_checkpoint_without_a_tokenizer_says_so(tmp_path):
     ({'prompt': 'a\udc80'}, 'half a surrogate pair'),
     ({'prompt': 'a b ' * 300}, 'context_length = 256'),
     ({'max_new_tokens': 0}, 'max_new_tokens: 0'),
+    ({'max_new_tokens': 4.5}, 'max_new_tokens: 4.5'),
+    ({'max_new_tokens': None}, 'max_new_tokens: None'),
     ({'max_new_tokens': 255}, 'context_length = 256'),
     ({'sampling': Sampling(temperature=-1)}, 'temperature: -1 is negative'),
     ({'sampling': Sampling(top_k=2000)}, 'top_k: 2000'),
