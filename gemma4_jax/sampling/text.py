@@ -69,9 +69,7 @@ def load(directory: str | os.PathLike, *, param_dtype: str | None = None, tokeni
   if tokenizer is None and not (folder / 'tokenizer.json').exists():
     raise ValueError(f'{folder}: no tokenizer.json; copy the one the model was trained with there, or name one (tokenizer)')
   tokens = Tokenizer.load(source.inside(folder, 'tokenizer.json') if tokenizer is None else tokenizer)
-  if tokens.vocab_size > found.cfg.vocab_size:
-    raise ValueError(f'{tokenizer or folder / "tokenizer.json"}: its {tokens.vocab_size} entries are more than the model\'s '
-                     f'vocabulary of {found.cfg.vocab_size}: another model\'s tokenizer')
+  _check_tokenizer(tokens, found, tokenizer or folder / 'tokenizer.json')
   template = chat_format.load_template(source.inside(folder, 'chat_template.jinja').parent)
   stop_ids, sampling = _generation_config(folder, found.cfg, tokens)
   moved = (ple_placement, ple_table) != ('device', found.cfg.ple_table) and found.cfg.embedding != 'frozen_table'   # of another name
@@ -225,6 +223,22 @@ class Model:
     longest, kv = max(map(len, prompts)), self.kv if kv is None else kv
     return Run(self, prompts, lambda: generate.Session(self.cfg, self.params, len(prompts), longest + max_new_tokens, kv=kv), kv=kv,
                max_new_tokens=max_new_tokens, samples=samples, **settings)
+
+
+def _check_tokenizer(tokens: Tokenizer, found: source.Source, name) -> None:
+  """Raises ValueError where the model, or what lies beside its weights, is of another tokenizer."""
+  if tokens.vocab_size > found.cfg.vocab_size:
+    raise ValueError(f'{name}: its {tokens.vocab_size} entries are more than the model\'s vocabulary of {found.cfg.vocab_size}: '
+                     'another model\'s tokenizer')
+  read = lambda file: source.read_json(source.inside(found.home, file)) if os.path.lexists(found.home / file) else {}
+  trained = read('env.json').get('tokenizer_hash', tokens.hash)
+  if trained != tokens.hash:
+    raise ValueError(f'{name}: another tokenizer (hash {tokens.hash[:12]}) than the run in {found.home} was trained with ({trained[:12]})')
+  fields = read('config.json')
+  bos_id = fields.get('bos_token_id') or (fields.get('text_config') or {}).get('bos_token_id') or tokens.bos_id
+  if bos_id != tokens.bos_id:
+    raise ValueError(f'{name}: it begins a text with id {tokens.bos_id} where {found.home / "config.json"} says bos_token_id = {bos_id}: '
+                     'another model\'s tokenizer')
 
 
 def _generation_config(folder: Path, cfg: ModelConfig, tokenizer: Tokenizer) -> tuple[tuple[int, ...], Sampling]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import random
 
 from hypothesis import given, settings, strategies as st
@@ -291,6 +292,7 @@ def test_do_sample_false_is_greedy(tmp_path):
 @pytest.mark.parametrize('files, message', [
     ({'tokenizer.json': Tokenizer.stand_in(vocab_size=1025).serialized},
      "tokenizer.json: its 1025 entries are more than the model's vocabulary of 1024"),
+    ({'env.json': '{"tokenizer_hash": "0123456789abcdef"}'}, 'was trained with (0123456789ab)'),
     ({'tokenizer.json': '{'}, 'tokenizer.json: not a tokenizer.json'),
     ({'generation_config.json': '{'}, 'generation_config.json: cannot be read as JSON'),
     ({'generation_config.json': '{"eos_token_id": [1, 4000]}'}, 'generation_config.json: eos_token_id = 4000 is no token'),
@@ -299,13 +301,27 @@ def test_do_sample_false_is_greedy(tmp_path):
     ({'generation_config.json': '{"top_p": 7}'}, 'generation_config.json: top_p: 7'),
     ({'generation_config.json': '{"suppress_tokens": 7}'}, 'suppress_tokens = 7 is no list'),
     ({'generation_config.json': '{"suppress_tokens": [4000]}'}, 'generation_config.json: suppress_tokens: (4000,) holds what is no id'),
-], ids=['vocabulary', 'tokenizer', 'json', 'stop', 'stop kind', 'kind', 'range', 'no list', 'suppressed'])
+], ids=['vocabulary', 'of another run', 'tokenizer', 'json', 'stop', 'stop kind', 'kind', 'range', 'no list', 'suppressed'])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, files, message):
   folder = tiny.write(tmp_path / 'a', **files)
   monkeypatch.setattr(text.checkpoint, 'load', lambda *_, **__: pytest.fail('weights were read'))
   with pytest.raises(ValueError) as error:
     text.load(folder)
   assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_config_that_names_another_first_token_than_the_tokenizer_has_is_refused(tmp_path):
+  file = tiny.write(tmp_path / 'a') / 'config.json'
+  fields = json.loads(file.read_text())
+  for where in (fields, fields.get('text_config', fields)):
+    where['bos_token_id'] = 2      # as the tokenizer
+    file.write_text(json.dumps(fields))
+    text.load(file.parent)
+    where['bos_token_id'] = 5
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match='tokenizer.json: it begins a text with id 2 where .*config.json says bos_token_id = 5'):
+      text.load(file.parent)
+    del where['bos_token_id']
 
 
 @pytest.mark.parametrize('name, damage', [
