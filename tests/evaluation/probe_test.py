@@ -28,6 +28,7 @@ def test_sets_are_each_layer_those_that_lend_and_borrow_and_all():
   assert set(probe.layer_sets(CFG.replace(num_kv_shared_layers=0, ple_every=2))) == {'layer 1', 'layer 3', 'all'}
 
 
+@pytest.mark.slow
 def test_every_kind_runs_in_every_set_and_none_once(arms):
   assert [(arm.kind, arm.where, arm.layers) for arm in arms] == probe.arms(CFG)
   assert len(arms) == 1 + (len(intervention.KINDS) - 1) * 7 and arms[0].kind == 'none'

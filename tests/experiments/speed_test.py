@@ -37,6 +37,7 @@ def test_the_script_and_the_weights_it_can_write_are_checked(script, outtype, sa
     llama_cpp_peer.check(script, outtype)
 
 
+@pytest.mark.slow
 def test_random_checkpoints_are_whole_and_of_the_dtype_asked_for(tmp_path):
   speed_sampling.write_random('e2b-toy', 'bfloat16', str(tmp_path / 'a'))
   found = load.find(tmp_path / 'a')

@@ -53,7 +53,8 @@ def test_results_of_other_models_stay_only_if_all_that_made_them_is_the_same(tmp
   assert toys._others(tmp_path / 'x.json', like | {'commit': 'b'}) == {} == toys._others(tmp_path / 'none.json', like)
 
 
-@pytest.mark.parametrize('format', quick.only(['turboquant4'], ['turboquant4', 'int4']))
+@pytest.mark.slow
+@pytest.mark.parametrize('format', ['turboquant4', 'int4'])
 def test_a_decoded_plan_is_the_quantized_model(model, ids, format):
   back, _, _ = weights.decoded(model.params, 'all', format)
   cfg = CFG.replace(matvec='xla')

@@ -221,7 +221,7 @@ def extend(cfg, params, cache, ids, seg):
   return jax.nn.log_softmax(logits), out['cache']
 
 
-@pytest.mark.parametrize('name, fold', [('e2b', True), ('31b', False)])
+@pytest.mark.parametrize('name, fold', quick.only([('31b', False)], [('e2b', True), ('31b', False)]))
 def test_models_on_caches_of_8_bits_are_near_the_exact_one(name, fold):
   cfg, params, kv = SHRUNK[name], weights(name), 'quality,local_k=8,local_v=8,exact_last=False,recent=1,sinks=0'
   rows = np.stack([np.r_[ids[:n], ids[24:], np.zeros(24 - n, np.int32)] for ids, n in zip(IDS, PROMPTS)])   # without the padding

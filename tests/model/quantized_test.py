@@ -30,10 +30,9 @@ MOE = config.shrink(config.B26_A4, pattern='LG', num_layers=2, moe_implementatio
 
 
 @pytest.mark.parametrize('cfg, formats', [
-    (CFG, 'int8'), (B12, 'turboquant4,embed=int4'), pytest.param(CFG.replace(tied_embeddings=False), 'int4', marks=pytest.mark.slow),
-    pytest.param(MOE, 'turboquant5', marks=pytest.mark.slow),
-    pytest.param(MOE.replace(moe_implementation='gather'), 'nf4', marks=pytest.mark.slow)],
-                         ids=['e2b', '12b', 'untied', 'experts', 'gather'])
+    pytest.param(CFG, 'int8', id='e2b'), *(pytest.param(cfg, formats, id=id, marks=pytest.mark.slow) for cfg, formats, id in (
+        (B12, 'turboquant4,embed=int4', '12b'), (CFG.replace(tied_embeddings=False), 'int4', 'untied'), (MOE, 'turboquant5', 'experts'),
+        (MOE.replace(moe_implementation='gather'), 'nf4', 'gather')))])
 def test_the_model_of_quantized_weights_is_that_of_the_weights_they_decode_to(cfg, formats):
   params = transformer.init(cfg, 0)
   variables = quantized.quantize(cfg, params, formats)

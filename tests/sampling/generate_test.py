@@ -108,6 +108,7 @@ def test_a_conversation_goes_on_as_if_recomputed():
     np.testing.assert_array_equal(row, out.tokens)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_step_comes_when_the_step_is_over(monkeypatch):
   whole = greedy(CFG, params(), [[1, 2, 3]])[0].tokens
   session = generate.Session(CFG, params(), 1, 40)
@@ -132,6 +133,7 @@ def test_ctrl_c_in_a_step_comes_when_the_step_is_over(monkeypatch):
   np.testing.assert_array_equal(after, greedy(CFG, params(), [[1, 2, 3, *whole[:4], 5]])[0].tokens[:4])
 
 
+@pytest.mark.slow
 def test_long_prompts_run_in_chunks(monkeypatch):
   prompts = [RNG.randint(1, 128, n).tolist() for n in (50, 17)]
   whole = greedy(CFG, params(), prompts)

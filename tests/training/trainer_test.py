@@ -172,6 +172,7 @@ def test_bfloat16_computes_and_float32_is_what_is_trained_and_saved(corpus, tmp_
   assert any(np.any(leaf.view(np.uint32) & 0xFFFF) for leaf in leaves if leaf.dtype == np.float32)   # not rounded on the way
 
 
+@pytest.mark.slow
 def test_a_field_without_effect_leaves_the_fingerprint_and_an_arm_with_one_does_not(corpus, tmp_path):
   prints = {}
   arms = {'none': {}, 'more buckets of no bigrams': {'model.bigram_buckets': 7}, 'bigram': {'model.embedding': 'bigram'}}
@@ -208,6 +209,7 @@ def test_a_checkpoint_that_cannot_be_saved_is_one_error_that_names_the_folder(co
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_error_that_names_the_way_back(corpus, tmp_path, capfd):
   c, run = tiny(corpus, **SMALLER, **{'eval.max_batches': 1}), tmp_path / 'run'
   trainer.run(c, run)
