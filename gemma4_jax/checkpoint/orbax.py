@@ -19,6 +19,7 @@ from gemma4_jax.config import ModelConfig
 RUN = 'checkpoints'   # in a run's folder, that of its checkpoints
 STATE, DATA, PARAMS, CONFIG = 'state', 'data', 'params', 'config'   # items: two of a training checkpoint, one of an export, one of both
 JSON = 'metadata'    # in an item of JSON, its file
+_WRITTEN_BYTES = 2**26
 
 
 class Checkpoints:
@@ -157,9 +158,18 @@ class _ArrayHandler(_EndTogether, ocp.type_handlers.ArrayHandler):   # writes in
 
 
 class _NumpyHandler(_EndTogether, ocp.type_handlers.NumpyHandler):
+  """Arrays are not copied before they are written, and so many at once as `_WRITTEN_BYTES` hold: they may be files mapped to memory."""
 
-  async def _background_serialize(self, *args):
-    await _together(super()._background_serialize(*args))
+  def __init__(self):
+    super().__init__(deepcopy_host_arrays=False)
+
+  async def _background_serialize(self, values, *of_each):
+    left = list(zip(values, *of_each))
+    while left:
+      held = np.cumsum([value.nbytes for value, *_ in left])
+      count = max(1, int((held <= _WRITTEN_BYTES).sum()))
+      await _together(super()._background_serialize(*map(list, zip(*left[:count]))))
+      left = left[count:]
 
 
 def writer() -> ocp.PyTreeCheckpointHandler:

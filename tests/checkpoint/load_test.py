@@ -493,6 +493,19 @@ def test_a_damaged_export_is_refused_in_one_line_and_no_thread_says_more(tmp_pat
   assert str(tmp_path / 'in') in str(error.value)
 
 
+def test_orbax_writes_few_bytes_at_once_and_every_array(monkeypatch):
+  wrote = []
+
+  async def note(_, values, names):
+    wrote.append(list(zip([value.nbytes for value in values], names, strict=True)))
+
+  monkeypatch.setattr(orbax, '_WRITTEN_BYTES', 100)
+  monkeypatch.setattr(orbax.ocp.type_handlers.NumpyHandler, '_background_serialize', note)
+  with asyncio.Runner() as runner:
+    runner.run(orbax._NumpyHandler()._background_serialize([np.zeros(n, np.int8) for n in (40, 60, 40, 200, 8)], list('abcde')))
+  assert wrote == [[(40, 'a'), (60, 'b')], [(40, 'c')], [(200, 'd')], [(8, 'e')]]
+
+
 @pytest.mark.parametrize('work', ['metadata', 'deserialize', '_background_serialize'])
 def test_a_failure_of_orbax_is_told_when_nothing_is_at_work_any_more(monkeypatch, work):
   ended = []
@@ -510,7 +523,7 @@ def test_a_failure_of_orbax_is_told_when_nothing_is_at_work_any_more(monkeypatch
   monkeypatch.setattr(orbax.ocp.type_handlers.NumpyHandler, work, both)
   with pytest.raises(ValueError, match='damaged'), asyncio.Runner() as runner:
     try:
-      runner.run(getattr(orbax._NumpyHandler(), work)([]))
+      runner.run(getattr(orbax._NumpyHandler(), work)([np.zeros(1)]))
     finally:
       assert ended == [True, True]
 
