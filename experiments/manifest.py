@@ -21,7 +21,7 @@ FILE = 'manifest.jsonl'
 LABELS = ('seed', 'arm', 'group')     # fields that name a point; the others make it
 
 # Fields of a model that say how it is computed, not what: equal logits are what one expects of them.
-_IMPLEMENTATION = ('moe_implementation', 'remat', 'scan')
+_IMPLEMENTATION = ('attention_implementation', 'moe_implementation', 'remat', 'scan')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
   import jax.numpy as jnp
 
   from gemma4_jax import compilation
-  from gemma4_jax.model import transformer
+  from gemma4_jax.model import flash, transformer
   from gemma4_jax.training import optimizer, trainer
   c = base.get_config(name)
   cfg = base.models()[name].replace(scan=scan)
@@ -61,7 +61,8 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
     return float(row['loss'])
   return _measure(run, hardware.measure_matmul, steps, cfg) | {
       'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'compile_seconds': compile_seconds,
-      'peak_memory_bytes': hardware.peak_memory_bytes(), 'path': 'scanned' if scan else 'one layer after another'}
+      'peak_memory_bytes': hardware.peak_memory_bytes(),
+      'path': f'{"scanned" if scan else "one layer after another"}, attention {flash.choose(cfg.attention_implementation)}'}
 
 
 def _hf(name: str, steps: int, scan: bool) -> dict:

@@ -12,7 +12,7 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
 
   from configs import base
   from gemma4_jax import hardware, size
-  from gemma4_jax.model import quantized, transformer
+  from gemma4_jax.model import flash, quantized, transformer
   from gemma4_jax.sampling import generate
   from gemma4_jax.sampling.sampler import GREEDY
   begin = time.perf_counter()
@@ -40,7 +40,8 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
                                              if 'lookup' not in jax.tree_util.keystr(path))
   step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch, read)
   result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind,
-            'path': f'{cfg.matvec} matvec, weights {dtype if weights == "as_is" else weights}',
+            'path': f'{cfg.matvec} matvec, attention of prompts {flash.choose(cfg.attention_implementation)}, '
+                    f'weights {dtype if weights == "as_is" else weights}',
             'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
             'peak_memory_bytes': hardware.peak_memory_bytes()}
   bandwidth, peak = hardware.measure_bandwidth(), hardware.measure_matmul(dtype=dtype)

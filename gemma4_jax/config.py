@@ -39,6 +39,7 @@ _CHOICES = {
     'ple_placement': PLE_PLACEMENTS,
     'ple_table': PLE_TABLES,
     'moe_implementation': ('auto', 'ragged', 'scan', 'gather'),
+    'attention_implementation': ('auto', 'xla', 'splash', 'splash_interpret'),
     'remat': ('none', 'dots', 'full'),
     'matvec': ('xla', 'native'),
     'dtype': ('float32', 'bfloat16'),
@@ -137,6 +138,7 @@ class ModelConfig:
   rotated_values: tuple[int, ...] = () # layers whose weights make values rotated, as `model.quantized_cache.fold` has them
   dtype: str = 'float32'               # of activations and matmuls
   param_dtype: str = 'float32'
+  attention_implementation: str = 'auto'   # of many tokens: `model.flash`
   matvec: str = 'xla'                  # of at most 8 rows; native: our own on a CPU, without gradients (`native.matvec`)
   scan: bool = False                   # blocks run as a scan over periods and their runs of like layers, weights stacked
   remat: str = 'none'                  # none; dots: keep matmul outputs; full: keep block inputs
@@ -333,7 +335,7 @@ def released(cfg: ModelConfig) -> str | None:
   """Name of the released variant that a model is, whatever its context, vocabulary, dtypes and ways to compute."""
   free = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in (
       'vocab_size', 'context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'rotated_values', 'dtype', 'param_dtype',
-      'matvec', 'scan', 'remat')}
+      'attention_implementation', 'matvec', 'scan', 'remat')}
   plain = lambda cfg: cfg.replace(**free, ple_dim=cfg.ple_dim if cfg.embedding == 'ple' else ModelConfig.ple_dim)
   return next((name for name, variant in VARIANTS.items() if plain(variant) == plain(cfg)), None)
 

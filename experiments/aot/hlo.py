@@ -49,8 +49,8 @@ def kernels(text: str) -> list[str]:
   names = set()
   for line in text.splitlines():
     if 'custom_call_target="tpu_custom_call"' in line or 'custom_call_target="__gpu$xla.gpu.triton"' in line:
-      named = re.search(r'op_name="[^"]*?([\w.-]+)/pallas_call"', line)
-      names.add(named[1] if named else 'unnamed')
+      named = re.search(r'op_name="[^"]*?([\w.-]+)/pallas_call"', line) or re.match(r'\s*%([\w-]+)', line)   # the instruction's own
+      names.add(named[1])
   return sorted(names)
 
 

@@ -228,11 +228,12 @@ def _described(name, model):
 
 
 def _told(stats, cfg) -> str:
+  from gemma4_jax.model import flash
   rate = lambda tokens, seconds: f'{tokens / seconds:.1f}/s' if seconds > 0 else '-'
   return (f'{stats.prompt_tokens} prompt tokens at {rate(stats.prompt_tokens, stats.prefill_seconds)}, {stats.new_tokens} new at '
           f'{rate(stats.new_tokens, stats.decode_seconds)} (compiling: {stats.compile_seconds:.1f} s, not counted), peak memory '
           f'{_peak_memory() / 1e9:.2f} GB ({stats.prefill_peak_bytes / 1e9:.2f} after the prompt), cache {stats.cache_bytes:,} bytes, '
-          f'kv {stats.kv}, {cfg.matvec} matvec')
+          f'kv {stats.kv}, attention of prompts {flash.choose(cfg.attention_implementation)}, {cfg.matvec} matvec')
 
 
 def _peak_memory():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from gemma4_jax import sharding
 from gemma4_jax.config import VALUE, LayerSpec, ModelConfig
-from gemma4_jax.model import layers
+from gemma4_jax.model import flash, layers
 
 _BLOCK = 128   # queries of one block of scores, at least
 _SCORES = 2**27   # bytes of float32 scores that a device holds at once, where they can be had in blocks of so many queries
@@ -25,15 +25,18 @@ class Stream:
     pos_BT: int32, the position within its document.
     seg_BT: int32, the document; tokens see their own document only. 0 is padding, which nobody sees.
     rope: (base, fraction, head_dim) as text -> (cos, sin) of `layers.rope_angles`, computed once a kind of layer.
+    implementation: `cfg.attention_implementation`.
   """
   pos_BT: jax.Array
   seg_BT: jax.Array
   rope: dict[str, tuple[jax.Array, jax.Array]]
+  implementation: str = struct.field(pytree_node=False, default='auto')
 
   @classmethod
   def make(cls, cfg: ModelConfig, pos_BT: jax.Array, seg_BT: jax.Array) -> 'Stream':
     return cls(pos_BT, seg_BT, {
-        rope_kind(s): layers.rope_angles(pos_BT, s.head_dim, s.rope_base, s.rope_fraction) for s in cfg.layers})
+        rope_kind(s): layers.rope_angles(pos_BT, s.head_dim, s.rope_base, s.rope_fraction) for s in cfg.layers},
+               cfg.attention_implementation)
 
 
 def rope_kind(spec: LayerSpec) -> str:
@@ -49,6 +52,8 @@ class FreshKV:
   def attend(self, q_BTNH: jax.Array, stream: Stream, window: int | None, scale: float) -> jax.Array:
     """Returns the attention output [B, T, N, H] of queries that are the same tokens as the keys."""
     k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (self.k_BSKH, self.v_BSKH))
+    if flash.runs(stream.implementation, q_BTNH.shape[1]):
+      return flash.attend(q_BTNH, k_BKSH, v_BKSH, stream.seg_BT, stream.seg_BT, window, scale, stream.implementation)
     if window is None or q_BTNH.shape[1] <= window:
       return attend_causal(q_BTNH, k_BKSH, v_BKSH, stream, window, scale)
     return attend_blocked(q_BTNH, k_BKSH, v_BKSH, stream, window, scale)

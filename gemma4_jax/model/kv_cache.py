@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gemma4_jax import kv_format
 from gemma4_jax.config import LayerSpec, ModelConfig
-from gemma4_jax.model import attention
+from gemma4_jax.model import attention, flash
 
 
 @struct.dataclass
@@ -73,7 +73,7 @@ class Dense:
   v_BKSH: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    return _Slots(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), length(stream))
+    return _read(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), k_BTKH, v_BTKH, stream)
 
   def positions(self, length_B):
     return _numbered(self.k_BKSH.shape[2], length_B)
@@ -81,6 +81,9 @@ class Dense:
   def of(self, k_BTKH, v_BTKH):
     """The same of other tokens."""
     return Dense(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+
+  def keys(self, key_scale_H):
+    return self.k_BKSH
 
   def scores(self, q_BTNH, scale, key_scale_H):
     """As `attention.scores`."""
@@ -95,7 +98,7 @@ class Unified:
   k_BKSR: jax.Array
 
   def append(self, k_BTKH, v_BTKH, stream, key_scale_H=None):
-    return _Slots(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), length(stream), key_scale_H)
+    return _read(write(self, self.of(k_BTKH, v_BTKH), stream.pos_BT, stream.seg_BT > 0), k_BTKH, v_BTKH, stream, key_scale_H)
 
   def positions(self, length_B):
     return _numbered(self.v_BKSH.shape[2], length_B)
@@ -103,6 +106,12 @@ class Unified:
   def of(self, k_BTKH, v_BTKH):
     """The same of other tokens."""
     return Unified(v_BTKH.swapaxes(1, 2), self.rotated(k_BTKH).swapaxes(1, 2))
+
+  def keys(self, key_scale_H):
+    """Whole, [B, K, S, H]."""
+    half, turned = self.v_BKSH.shape[-1] // 2, self.k_BKSR.shape[-1] // 2
+    still = self.v_BKSH if key_scale_H is None else self.v_BKSH * key_scale_H.astype(self.v_BKSH.dtype)
+    return jnp.concatenate([self.k_BKSR[..., :turned], still[..., turned:half], self.k_BKSR[..., turned:], still[..., half + turned:]], -1)
 
   def scores(self, q_BTNH, scale, key_scale_H):
     """As `attention.scores`."""
@@ -157,6 +166,35 @@ class _Slots:
     return attention.in_blocks(block, q_BTNH, stream, pos_BS.shape[1])
 
 
+def _read(after: Dense | Unified, k_BTKH, v_BTKH, stream, key_scale_H=None) -> '_Slots | _SlotsAndFresh':
+  slots = _Slots(after, length(stream), key_scale_H)
+  if not flash.runs(stream.implementation, k_BTKH.shape[1]):
+    return slots
+  return _SlotsAndFresh(slots, Dense(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)), stream)
+
+
+@struct.dataclass
+class _SlotsAndFresh:
+  """What many tokens read by a kernel, which knows no positions: the slots of those before them, and themselves in their order."""
+  slots: _Slots
+  fresh: Dense
+  stream: attention.Stream   # of the fresh
+
+  @property
+  def cache(self):
+    return self.slots.cache
+
+  def attend(self, q_BTNH, stream, window, scale):
+    if q_BTNH.shape[1] != self.fresh.k_BKSH.shape[2]:   # the last token alone
+      return self.slots.attend(q_BTNH, stream, window, scale)
+    held, fresh = self.cache, self.fresh
+    before_BS = jnp.arange(held.v_BKSH.shape[2]) < self.stream.pos_BT[:, :1]
+    both = lambda old, new, axis=2: jnp.concatenate([old.astype(new.dtype), new], axis)
+    # a cache with a slot for every position is no longer than the window, if there is one
+    return flash.attend(q_BTNH, both(held.keys(self.slots.key_scale_H), fresh.k_BKSH), both(held.v_BKSH, fresh.v_BKSH),
+                        stream.seg_BT, both(before_BS, self.stream.seg_BT, 1), None, scale, stream.implementation)
+
+
 @struct.dataclass
 class RingAndFresh:
   """What several tokens read: the window before them, and themselves."""
@@ -172,9 +210,12 @@ class RingAndFresh:
     before = attention.Before(in_order(self.before.k_BKSH).astype(q_BTNH.dtype), in_order(self.before.v_BKSH).astype(q_BTNH.dtype),
                               pos_BW, (pos_BW >= 0).astype(jnp.int32))
     k_BKTH, v_BKTH = self.fresh.k_BKSH, self.fresh.v_BKSH
+    both = lambda one, two, axis: jnp.concatenate([one, two], axis=axis)
+    if q_BTNH.shape[1] == k_BKTH.shape[2] and flash.runs(stream.implementation, q_BTNH.shape[1]):
+      return flash.attend(q_BTNH, both(before.k_BKWH, k_BKTH, 2), both(before.v_BKWH, v_BKTH, 2), stream.seg_BT,
+                          both(before.seg_BW, self.stream.seg_BT, 1), window, scale, stream.implementation)
     if q_BTNH.shape[1] == k_BKTH.shape[2] >= window:
       return attention.attend_blocked(q_BTNH, k_BKTH, v_BKTH, stream, window, scale, before)
-    both = lambda one, two, axis: jnp.concatenate([one, two], axis=axis)
     seen = attention.see(stream, both(pos_BW, self.stream.pos_BT, 1), both(before.seg_BW, self.stream.seg_BT, 1), window)
     return attention.attend(q_BTNH, both(before.k_BKWH, k_BKTH, 2), both(before.v_BKWH, v_BKTH, 2), seen, scale)
 

@@ -27,7 +27,7 @@ from gemma4_jax import compilation, config as model_config, config_file, hardwar
 from gemma4_jax.checkpoint import orbax
 from gemma4_jax.data import batching, corpus
 from gemma4_jax.evaluation import perplexity
-from gemma4_jax.model import transformer
+from gemma4_jax.model import flash, transformer
 from gemma4_jax.training import identity, losses, optimizer
 
 
@@ -216,7 +216,10 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
     batches.set_state(place['iterator'].encode())
     logging.info('%s: goes on from step %d', r.workdir, start)
   if lead:
-    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh))
+    with sharding.use(r.mesh):
+      ran = {'attention': flash.choose(cfg.attention_implementation)}
+    logging.info('%s: attention by %s', r.workdir, ran['attention'])
+    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh) | ran)
   writer = metrics.Writer(r.workdir, start, config) if lead else None
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,

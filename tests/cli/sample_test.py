@@ -17,7 +17,8 @@ from tests import tiny
 
 PROMPT = 'def width(self'
 LAST = re.compile(r'^(\d+) prompt tokens at [\d.]+/s, (\d+) new at [\d.]+/s \(compiling: [\d.]+ s, not counted\), '
-                  r'peak memory [\d.]+ GB \([\d.]+ after the prompt\), cache [\d,]+ bytes, kv (\S+), (?:native|xla) matvec$')
+                  r'peak memory [\d.]+ GB \([\d.]+ after the prompt\), cache [\d,]+ bytes, kv (\S+), attention of prompts xla, '
+                  r'(?:native|xla) matvec$')
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +69,7 @@ def test_the_table_goes_where_the_flags_say_and_the_first_line_tells(checkpoint,
   assert out.out == model.generate(PROMPT, max_new_tokens=12, seed=3, sampling=sample.sampling(sample_args(), model)).text + '\n'
 
 
+@pytest.mark.slow
 def test_stop_strings_suppressed_tokens_and_the_best_of_several(checkpoint, capsys):
   whole = expected()
   stops = [whole.text[4:7], whole.text[2:5]]
