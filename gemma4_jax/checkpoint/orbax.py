@@ -81,10 +81,15 @@ def save_params(folder: Path, cfg: ModelConfig, params: Mapping, dtype: np.dtype
   params = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), params)   # np.memmap has no handler
   cast = jax.tree.map(lambda _: ocp.SaveArgs(dtype=dtype), params)
   items = {PARAMS: ocp.args.PyTreeSave(params, save_args=cast), CONFIG: ocp.args.JsonSave({'model': cfg.to_dict()})}
+  handlers = {PARAMS: writer(), CONFIG: ocp.JsonCheckpointHandler()}
+  write(folder.absolute(), ocp.CompositeCheckpointHandler(**handlers), ocp.args.Composite(**items))
+
+
+def write(folder: Path, handler: ocp.CheckpointHandler, args: ocp.args.CheckpointArgs) -> None:
+  """Raises OSError: it cannot be written."""
   try:
-    handlers = {PARAMS: writer(), CONFIG: ocp.JsonCheckpointHandler()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
-      checkpointer.save(folder.absolute(), args=ocp.args.Composite(**items))
+    with ocp.Checkpointer(handler) as checkpointer:
+      checkpointer.save(folder, args=args)
   except ValueError as error:   # of TensorStore, also for what the operating system refuses
     raise OSError(_first_line(error)) from error
 
@@ -164,12 +169,8 @@ class _NumpyHandler(_EndTogether, ocp.type_handlers.NumpyHandler):
     super().__init__(deepcopy_host_arrays=False)
 
   async def _background_serialize(self, values, *of_each):
-    left = list(zip(values, *of_each))
-    while left:
-      held = np.cumsum([value.nbytes for value, *_ in left])
-      count = max(1, int((held <= _WRITTEN_BYTES).sum()))
-      await _together(super()._background_serialize(*map(list, zip(*left[:count]))))
-      left = left[count:]
+    for batch in source.batches(list(zip(values, *of_each)), [value.nbytes for value in values], _WRITTEN_BYTES):
+      await _together(super()._background_serialize(*map(list, zip(*batch))))
 
 
 def writer() -> ocp.PyTreeCheckpointHandler:

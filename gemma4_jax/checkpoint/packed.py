@@ -118,25 +118,17 @@ class Writer:
       self._held.setdefault(module, {})[name.split('/', 1)[-1]] = np.asarray(array)
       if not self._left[module]:
         del self._left[module]
-        _save(self._folder / FOLDER / module, orbax.writer(), ocp.args.PyTreeSave(self._held.pop(module)))
+        orbax.write(self._folder / FOLDER / module, orbax.writer(), ocp.args.PyTreeSave(self._held.pop(module)))
 
   def close(self) -> None:
     """Writes the config, when every array has come."""
     assert not self._left, sorted(self._left)
     fields = {'model': self._contents.cfg.to_dict(), 'weights': self._contents.plan}
-    _save(self._folder / orbax.CONFIG, ocp.JsonCheckpointHandler(), ocp.args.JsonSave(fields))
+    orbax.write(self._folder / orbax.CONFIG, ocp.JsonCheckpointHandler(), ocp.args.JsonSave(fields))
 
 
 def _module(name):
   return name.split('/')[0]
-
-
-def _save(folder, handler, args):
-  try:
-    with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(folder, args=args)
-  except ValueError as error:   # of TensorStore, also for what the operating system refuses
-    raise OSError(str(error).strip().split('\n')[0][:300]) from error
 
 
 def find(folder: Path) -> source.Source:

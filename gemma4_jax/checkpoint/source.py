@@ -1,6 +1,6 @@
 """What a checkpoint on disk looks like to a loader, whoever wrote it: pieces, each of which is one or more weights of ours."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import json
@@ -69,16 +69,9 @@ class Source:
 
   def read(self) -> Iterator[tuple[Piece, dict[str, np.ndarray]]]:
     """Every piece and its weights (our path -> weight, as stored), `_BATCH_BYTES` or one larger piece at a time."""
-    start = 0
-    while start < len(self.pieces):
-      end, nbytes = start, 0
-      while end < len(self.pieces) and (end == start or nbytes + self.pieces[end].nbytes <= _BATCH_BYTES):
-        nbytes += self.pieces[end].nbytes
-        end += 1
-      batch = self.pieces[start:end]
+    for batch in batches(self.pieces, [piece.nbytes for piece in self.pieces], _BATCH_BYTES):
       for piece, array in zip(batch, self.fetch([piece.name for piece in batch]), strict=True):
         yield piece, piece.split(array)
-      start = end
 
   @property
   def nbytes(self) -> int:
@@ -88,6 +81,19 @@ class Source:
   def dtype(self) -> str:
     """The dtype of most of its bytes that are no codes."""
     return max(DTYPES, key=lambda name: sum(piece.nbytes for piece in self.pieces if piece.dtype == DTYPES[name] and not piece.fixed))
+
+
+def batches(items: Sequence, nbytes: Sequence[int], most: int) -> Iterator[list]:
+  """Items in their order, of at most `most` bytes together, or one that is larger."""
+  batch, held = [], 0
+  for item, size in zip(items, nbytes, strict=True):
+    if batch and held + size > most:
+      yield batch
+      batch, held = [], 0
+    batch.append(item)
+    held += size
+  if batch:
+    yield batch
 
 
 def compare(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()) -> None:

@@ -332,14 +332,19 @@ def _row(cfg, ids, what) -> np.ndarray:
   return ids.astype(np.int32)
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+  """Raises ValueError: one is no seed."""
+  if wrong := [s for s in seeds if not (isinstance(s, int | np.integer) and 0 <= s < 2**32)]:
+    raise ValueError(f'seed: {wrong[0]!r} is no whole number from 0 to 2**32 - 1')
+
+
 def _choices(cfg, batch, sampling, seed, stop_ids):
   """(settings, a key a row, stop ids padded with -1), or a ValueError."""
   rows = [sampling] * batch if isinstance(sampling, Sampling) else list(sampling)
   seeds = [(s, 0) for s in seed] if isinstance(seed, Sequence | np.ndarray) else [(seed, i) for i in range(batch)]
   if len(rows) != batch or len(seeds) != batch:
     raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {batch}')
-  if wrong := [s for s, _ in seeds if not (isinstance(s, int | np.integer) and 0 <= s < 2**32)]:
-    raise ValueError(f'seed: {wrong[0]!r} is no whole number from 0 to 2**32 - 1')
+  check_seeds([s for s, _ in seeds])
   stops = np.full(_bucket(len(stop_ids), 8), -1, np.int32)
   stops[:len(stop_ids)] = list(stop_ids)   # of a set, too
   keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(*jnp.asarray(np.array(seeds, np.uint32).T))

@@ -81,8 +81,7 @@ class Run:
     if not all(isinstance(n, int | np.integer) and n >= 1 for n in (max_new_tokens, samples)):
       raise ValueError(f'max_new_tokens: {max_new_tokens!r}, samples: {samples!r}: whole numbers from 1 on')
     one = not isinstance(seed, Sequence | np.ndarray)
-    if not all(isinstance(s, int | np.integer) and 0 <= s < 2**32 for s in ([seed] if one else seed)):
-      raise ValueError(f'seed: {seed!r} is no whole number from 0 to 2**32 - 1')
+    generate.check_seeds([seed] if one else seed)
     if not one and len(seed) != len(new) * samples:
       raise ValueError(f'seed: {len(seed)} for {len(new) * samples} rows')
     self.rows = [_Row(model, stop_strings, chat) for _ in range(len(new) * samples)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gemma4_jax import config, sharding
-from gemma4_jax.checkpoint import load, packed, save
+from gemma4_jax.checkpoint import load, orbax, packed, save
 from gemma4_jax.cli import convert
 from gemma4_jax.evaluation import score
 from gemma4_jax.model import ple_placement, quantized, transformer
@@ -96,8 +96,8 @@ def test_31b_in_four_bits_is_16_5_gb():
 def test_the_file_is_as_large_as_its_arrays_and_written_while_it_is_quantized(tmp_path, monkeypatch):
   cfg = config.shrink(config.B31, pattern='LG', num_layers=2, width=256, vocab_size=2048, mlp_dim=512)
   save.save_hf(cfg, transformer.init(cfg, 0), tmp_path / 'hf')
-  events, write, encode = [], packed._save, packed.Contents.encode
-  monkeypatch.setattr(packed, '_save', lambda path, *args: (events.append(path.name), write(path, *args)))
+  events, write, encode = [], orbax.write, packed.Contents.encode
+  monkeypatch.setattr(orbax, 'write', lambda path, *args: (events.append(path.name), write(path, *args)))
   monkeypatch.setattr(packed.Contents, 'encode', lambda self, name, w: (events.append(name), encode(self, name, w))[1])
   run(tmp_path / 'hf', tmp_path / 'out', '--quantize=turboquant4')
   assert events.index('layer_0') < min(i for i, name in enumerate(events) if name.startswith('layer_1/'))
