@@ -179,7 +179,8 @@ def test_an_export_may_be_of_another_dtype_and_so_may_loading_it(tmp_path):
   assert_equal(again, jax.tree.map(lambda x: x.astype(np.float32), narrow))
 
 
-@pytest.mark.parametrize('scan', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.slow
 def test_the_newest_checkpoint_of_a_run_is_read(tmp_path, scan):
   cfg = config.shrink(config.E2B, pattern='LG', periods=2, scan=scan)
   canonical = weights(cfg)

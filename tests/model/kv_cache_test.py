@@ -124,7 +124,8 @@ def test_layers_that_borrow_have_no_cache_and_are_handed_nothing_to_write_to():
     assert not hasattr(view, 'append')
 
 
-@pytest.mark.parametrize('fields', [{'qk_norm': False, 'v_norm': False}, {'qk_norm': False}, {'v_norm': False}], ids=str)
+@pytest.mark.parametrize('fields', quick.only(
+    [{'qk_norm': False}], [{'qk_norm': False, 'v_norm': False}, {'qk_norm': False}, {'v_norm': False}]), ids=str)
 def test_keys_are_rebuilt_from_values_only_where_that_is_exact(fields):
   cfg = VARIANTS['12b'].replace(**fields)
   kinds = {type(layer).__name__ for layer in kv_cache.make(cfg, 1, T).layers.values()}

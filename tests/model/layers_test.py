@@ -96,6 +96,7 @@ def test_scanned_models_start_from_the_same_numbers():
   jax.tree.map(np.testing.assert_array_equal, transformer.unstack(scanned, stacked), plain)
 
 
+@pytest.mark.slow
 def test_parameters_and_activations_have_the_dtypes_of_the_config():
   ids = np.arange(6, dtype=np.int32)[None]
   cfg = CFG.replace(param_dtype='bfloat16', dtype='bfloat16')

@@ -111,6 +111,7 @@ def test_groups_that_are_not_named_stay_and_consuming_leaves_none_behind():
 
 
 @pytest.mark.skipif(matvec.why_not() is not None, reason=f'no native matvec here: {matvec.why_not()}')
+@pytest.mark.slow
 def test_decoding_reads_the_codes_themselves():
   variables = quantized.quantize(CFG, transformer.init(CFG, 0), 'int8')
   both = [generate.generate(cfg, variables, [[5, 6, 7]], max_new_tokens=8, stop_ids=())[0] for cfg in (CFG, CFG.replace(matvec='native'))]

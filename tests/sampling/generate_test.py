@@ -63,7 +63,8 @@ def test_greedy_tokens_equal_those_of_transformers_alone_and_batched(name):
 
 
 @pytest.mark.parametrize('sampling', [
-    pytest.param(GREEDY, marks=pytest.mark.slow), Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3)], ids=['greedy', 'sampled'])
+    GREEDY, Sampling(temperature=1.5, top_k=20, repetition_penalty=1.3)], ids=['greedy', 'sampled'])
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_batch(sampling):
   settings = dict(max_new_tokens=12, sampling=sampling, stop_ids=())
   together = generate.generate(CFG, params(), PROMPTS, seed=[5, 6, 7], **settings)
@@ -72,7 +73,7 @@ def test_a_row_does_not_depend_on_its_batch(sampling):
     np.testing.assert_array_equal(row.tokens, alone.tokens)
 
 
-@pytest.mark.parametrize('every', [1, 5, 100])
+@pytest.mark.parametrize('every', quick.only([5, 100], [1, 5, 100]))
 def test_a_stream_yields_the_same_tokens(every):
   parts = list(generate.stream(CFG, params(), PROMPTS, max_new_tokens=12, sampling=GREEDY, stop_ids=(), every=every))
   assert [len(part[0]) for part in parts] == [min(every, 12 - i) for i in range(0, 12, every)]

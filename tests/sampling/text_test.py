@@ -106,6 +106,7 @@ def test_best_of_keeps_the_likeliest_per_token():
   assert [found.text for found in twelve(PROMPTS[0], best_of=4, samples=2)] == [found.text for found in ranked[:2]]
 
 
+@pytest.mark.slow
 def test_several_prompts_with_samples_give_a_list_each():
   found = twelve(PROMPTS, samples=2)
   assert [len(rows) for rows in found] == [2, 2] and len({row.text for rows in found for row in rows}) == 4
@@ -167,6 +168,7 @@ def test_a_stop_string_ends_an_answer_before_it_and_is_not_looked_for_in_thought
   assert [piece for token in tokens for piece in piecewise.push([token], [0.0])] == found
 
 
+@pytest.mark.slow
 def test_a_chat_ends_with_a_stop_string_in_every_way_it_can_be_had():
   asked = dict(max_new_tokens=12, sampling=HOT, seed=1)
   whole = MODEL.chat(ASKED, **asked)['content']
@@ -270,7 +272,7 @@ def test_tokens_that_the_settings_suppress_are_never_chosen(tmp_path):
 
 
 @pytest.mark.parametrize('placement, storage', quick.only(
-    [('device', 'int4')], [('host', 'as_is'), ('host', 'int8'), ('folded_host', 'as_is'), ('device', 'int4')]))
+    [], [('host', 'as_is'), ('host', 'int8'), ('folded_host', 'as_is'), ('device', 'int4')]))
 def test_a_placed_table_is_that_of_place_and_never_on_the_device_if_it_is_for_the_host(tmp_path, monkeypatch, placement, storage):
   folder = tiny.write(tmp_path / 'a')
   loaded, place = {}, text.placing.place

@@ -70,6 +70,7 @@ def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   assert len(environment['corpus_hash']) == 64 and environment['versions']['jax'] == jax.__version__
 
 
+@pytest.mark.slow
 def test_a_runs_folder_is_sampled_from_without_naming_its_tokenizer(corpus, tmp_path):
   trainer.run(tiny(corpus, **{'train.steps': 3}), tmp_path / 'run')
   environment = json.loads((tmp_path / 'run' / 'env.json').read_text())
@@ -153,6 +154,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_rows_and_checkpoi
   assert all(np.isfinite(row['loss']) for row in rows(tmp_path / 'run'))
 
 
+@pytest.mark.slow
 def test_the_first_step_that_went_wrong_is_named_also_between_logged_ones(corpus, tmp_path):
   said = []
   for every in (1, 12):
@@ -183,6 +185,7 @@ def test_a_field_without_effect_leaves_the_fingerprint_and_an_arm_with_one_does_
   assert prints['none'] == prints['more buckets of no bigrams'] != prints['bigram']
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_the_row_and_the_way_on_and_the_run_then_goes_on(corpus, tmp_path, monkeypatch):
   c = tiny(corpus)
   trainer.run(c, tmp_path / 'whole')

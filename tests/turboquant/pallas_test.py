@@ -59,7 +59,7 @@ def difference(parts, stored, q, start, end, **kwargs):
 RAGGED = bounds((0, 256), (0, 1), (70, 200))
 
 
-@pytest.mark.parametrize('name', quick.only(['k4v4 64', 'k8v4 128', 'v4kr8'], list(PARTS)))
+@pytest.mark.parametrize('name', quick.only(['k8v4 128', 'v4kr8'], list(PARTS)))
 def test_the_kernel_is_the_reference(name):
   stored, q = setup(PARTS[name])
   assert difference(PARTS[name], stored, q, *RAGGED, split=128) < 1e-5
@@ -79,6 +79,7 @@ def test_starts_and_ends_may_be_anywhere(pairs):
   assert difference(PARTS['v4kr8'], stored, q, *bounds(*pairs), split=128) < 1e-5
 
 
+@pytest.mark.slow
 def test_splits_and_tiles_agree():
   parts = PARTS['v6kr8']
   stored, q = setup(parts)

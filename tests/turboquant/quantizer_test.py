@@ -19,7 +19,7 @@ def error(method, x):
   return float(jnp.square(decoded - x).sum(-1).mean())
 
 
-@pytest.mark.parametrize(('dim', 'n'), quick.only([(64, 12_000), (256, 5000)], [(64, 12_000), (128, 8000), (256, 5000), (512, 3000)]))
+@pytest.mark.parametrize(('dim', 'n'), quick.only([(64, 12_000)], [(64, 12_000), (128, 8000), (256, 5000), (512, 3000)]))
 def test_distortion_is_what_theory_says(dim, n):
   x = directions(n, dim)
   for bits in range(1, 9):
@@ -49,7 +49,7 @@ def test_grids_have_their_own_distortion(grid, bits, distortion, tolerance):
   np.testing.assert_allclose(found, distortion, rtol=tolerance)
 
 
-@pytest.mark.parametrize('bits', quick.only([1, 3], [1, 2, 3, 4]))
+@pytest.mark.parametrize('bits', quick.only([3], [1, 2, 3, 4]))
 def test_inner_products_shrink_by_what_the_scale_says(bits):
   dim, rng = 128, np.random.default_rng(3)
   x, noise = directions(10_000, dim), directions(200_000, dim, seed=12).reshape(10_000, 20, dim)
