@@ -22,7 +22,8 @@ from experiments.aot import targets
 RESULTS = Path(__file__).parent / 'results.json'
 RESERVE = 10**9    # bytes of a GPU that CUDA's context and libraries take; a TPU's compiler itself knows what is left
 
-# What --all compiles, as flags.
+# What --all compiles, as flags: what the README says of single programs, and then every variant on machines of both kinds.
+_VARIANTS = ('e2b', 'e4b', '12b', '26b-a4b', '31b')
 TABLE = (
     '--variant=31b --target=h100x4 --mode=train --context=2048 --mesh=fsdp=4',
     '--variant=31b --target=v5p-8 --mode=train --context=2048 --mesh=fsdp=4',
@@ -35,6 +36,11 @@ TABLE = (
     '--variant=e2b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e4b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e2b --target=cpux1 --mode=prefill --context=32768',
+    '--variant=e2b --target=v5e-1 --mode=prefill --context=32768 --ple=host',
+    *(f'--variant={name} --target=h200x1 --mode=decode --context=32768' for name in _VARIANTS),
+    *(f'--variant={name} --target=h100x8 --mode=train --context=2048 --mesh=fsdp=8' for name in _VARIANTS),
+    *(f'--variant={name} --target=v6e-8 --mode=prefill --context=32768' for name in _VARIANTS),
+    *(f'--variant={name} --target=v5p-16 --mode=train --context=2048 --mesh=fsdp=8' for name in _VARIANTS[:-1]),   # 31b: v5p-8
 )
 
 
