@@ -50,11 +50,9 @@ def load(path: str | Path, *, config: ModelConfig | None = None, param_dtype: st
   boxes = transformer.abstract(cfg.replace(ple_table='as_is'))
   known = flatten(boxes)
   host = set(host)
-  if mesh is not None and any(piece.fixed for piece in found.pieces):
-    raise ValueError(f'{found.folder}: holds quantized weights, which are for one device: give no mesh')
   for name in sorted(host - known.keys()):
     raise ValueError(f'host: no weight {name!r}; did you mean {model_config.nearest(name, list(known))!r}?')
-  shardings = flatten(sharding.params(mesh, boxes)) if mesh is not None else dict.fromkeys(known)
+  shardings = {} if mesh is None else _shardings(mesh, boxes, found)
 
   on_host = lambda name: name in host or f'{name.rpartition("/")[0]}/table' in host   # also codes and scale of a table in few bits
   params = {}
@@ -67,9 +65,23 @@ def load(path: str | Path, *, config: ModelConfig | None = None, param_dtype: st
         params[name] = weight.astype(dtype, copy=False) if on_host(name) else _place(weight, dtype, shardings.get(name))
       jax.block_until_ready([params[name] for name in weights if not on_host(name)])   # else copies on their way add up
       advance(piece.nbytes)
-  if found.formats:
-    return cfg, {kind: unflatten(flat) for kind, flat in packed.variables(cfg, params, found.formats).items()}
-  return cfg, unflatten(params)
+  tree = _variables(found, params)
+  return cfg, tree if found.formats else tree['params']
+
+
+def _variables(found, arrays):
+  flat = packed.variables(found.cfg, arrays, found.formats) if found.formats else {'params': arrays}
+  return {kind: unflatten(part) for kind, part in flat.items()}
+
+
+def _shardings(mesh, boxes, found):
+  """Path -> NamedSharding of every weight, and of every part of a quantized one."""
+  if not any(piece.fixed for piece in found.pieces):
+    return flatten(sharding.params(mesh, boxes))
+  shapes = {piece.name: jax.ShapeDtypeStruct(piece.shape, piece.dtype) for piece in found.pieces}
+  where = sharding.variables(mesh, boxes, _variables(found, shapes))
+  return {'/'.join(getattr(key, 'name', None) or key.key for key in path[1:]): one   # a part of a packed weight is an attribute
+          for path, one in jax.tree_util.tree_leaves_with_path(where)}
 
 
 def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:

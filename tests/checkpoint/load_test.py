@@ -18,7 +18,7 @@ import pytest
 import safetensors.numpy
 
 from gemma4_jax import config
-from gemma4_jax.checkpoint import hf, load, orbax, save, shards
+from gemma4_jax.checkpoint import hf, load, orbax, packed, save, shards
 from gemma4_jax.model import transformer
 from gemma4_jax.training import trainer
 from tests import hf_models, quick
@@ -217,10 +217,12 @@ for folder in sys.argv[1:]:
   for file in pathlib.Path(folder).glob('*.safetensors'):   # which nothing depends on any more
     with file.open('r+b') as f:
       f.write(bytes(file.stat().st_size))
-  shardings = sharding.params(mesh, transformer.abstract(cfg))
+  boxes = transformer.abstract(cfg.replace(ple_table='as_is'))
+  packed = 'quant' in split
+  shardings = sharding.variables(mesh, boxes, split) if packed else sharding.params(mesh, boxes)
   jax.tree.map(np.testing.assert_array_equal, split, whole)
   assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, split, shardings))
-  q = split['layer_0']['attention']['q']['w']
+  q = split['quant']['layer_0']['attention']['q']['w'].codes if packed else split['layer_0']['attention']['q']['w']
   assert len({shard.device for shard in q.addressable_shards}) == 8 and q.addressable_shards[0].data.size * 8 == q.size
 """
 
@@ -230,7 +232,13 @@ def test_every_kind_is_placed_onto_a_mesh_that_it_was_not_saved_from(tmp_path):
   params = weights(cfg)
   save.save_orbax(cfg, params, tmp_path / 'orbax')
   save.save_hf(cfg, params, tmp_path / 'hf')
-  command = [sys.executable, '-c', MESH, tmp_path / 'orbax', tmp_path / 'hf']
+  cfg = config.shrink(config.E2B, pattern='LG', num_layers=4, num_kv_shared_layers=2, ple_table='int8')
+  contents = packed.Contents.make(cfg, 'turboquant4')
+  writer = packed.Writer(tmp_path / 'packed', contents)
+  for name, weight in load.flatten(transformer.init(cfg.replace(ple_table='as_is'), 0)).items():
+    writer.add(contents.encode(name, np.asarray(weight)))
+  writer.close()
+  command = [sys.executable, '-c', MESH, tmp_path / 'orbax', tmp_path / 'hf', tmp_path / 'packed']
   done = subprocess.run(command, env=quick.virtual_devices(8), capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
 
