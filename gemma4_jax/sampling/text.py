@@ -100,7 +100,7 @@ def random(variant: str | ModelConfig, *, seed: int = 0, param_dtype: str | None
 
 
 def _placed(cfg, params, mesh, placement, storage, kv, weights, progress):
-  boxes = None if mesh is None else transformer.abstract(cfg)
+  boxes = None if mesh is None else transformer.abstract(cfg.replace(ple_table='as_is'))
   if (placement, storage) != ('device', cfg.ple_table):   # a model without such a table has it there, too
     inner = params.get('params', params)
     cfg, inner = placing.place(cfg, inner, placement=placement, storage=storage, progress=progress)

@@ -3,6 +3,8 @@
 import functools
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from gemma4_jax.cli import convert
 from gemma4_jax.evaluation import score
 from gemma4_jax.model import ple_placement, quantized, transformer
 from gemma4_jax.sampling import text
-from tests import tiny
+from tests import quick, tiny
 
 CFG = config.shrink(config.E2B, pattern='G', num_layers=2, num_kv_shared_layers=1, width=32, mlp_dim=48, vocab_size=1024)
 PLAN = 'turboquant4,ple=as_is,embed=int4'
@@ -72,6 +74,22 @@ def test_it_samples_and_is_scored_with_its_table_on_either_side(folder):
   ids = np.arange(1, 9, dtype=np.int32)[None]
   nll = score.token_nll(cfg, models[0].params, ids, np.ones_like(ids))
   assert np.isfinite(nll).all() and np.asarray(nll).any()
+
+
+MESH = """
+import sys
+import numpy as np
+from gemma4_jax.sampling import text
+one, split = (text.load(sys.argv[1], mesh=mesh).generate('The sea', max_new_tokens=6) for mesh in (None, {'fsdp': 2, 'tensor': 2}))
+np.testing.assert_array_equal(split.tokens, one.tokens)
+np.testing.assert_allclose(split.logprobs, one.logprobs, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_it_says_the_same_on_a_mesh(folder):
+  done = subprocess.run([sys.executable, '-c', MESH, folder / 'packed'], env=quick.virtual_devices(4), capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def test_the_report_counts_what_was_asked_and_its_bytes(folder, tmp_path, capsys):
