@@ -6,6 +6,7 @@ r"""Speed against the machine's limit and against a peer, as JSON.
   python -m experiments.speed decode --size=mini --peer=llama_cpp --convert=llama.cpp/convert_hf_to_gguf.py
   python -m experiments.speed load --size=e2b --dtype=bfloat16   # a process, from its start to the first token
   python -m experiments.speed kv --size=e2b --dtype=bfloat16 --kv=quality --contexts=1024,8192    # a step after a long context
+  python -m experiments.speed scan --size=mini   # a token, blocks one by one and scanned: why decoding is not
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
@@ -145,7 +146,7 @@ def _alone(function, *args) -> dict:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load', 'kv'])
+  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load', 'kv', 'scan'])
   parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
   parser.add_argument('--peer', choices=['hf', 'llama_cpp'], help='measure transformers or llama.cpp beside us')
   parser.add_argument('--convert', default='', metavar='FILE', help="--peer=llama_cpp: llama.cpp's convert_hf_to_gguf.py")
@@ -156,13 +157,13 @@ def main(argv=None) -> None:
   parser.add_argument('--steps', type=int, default=3, help='timed steps a round, after one that is not')
   parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument('--scan', action='store_true', help='train: blocks as a scan over periods')
-  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='decode, prefill, kv: of weights and activations')
+  parser.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'], help='but for train and load: of weights, activations')
   parser.add_argument('--weights', default='as_is', choices=WEIGHTS, help='decode, prefill, kv: ours, in few bits')
   parser.add_argument('--batch', type=int, default=1, help='decode, prefill, kv: rows')
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
     parser.error('--steps and --rounds are at least 1')
-  if args.peer and (args.what == 'load' or (args.what, args.peer) == ('train', 'llama_cpp')):
+  if args.peer and (args.what in ('load', 'scan') or (args.what, args.peer) == ('train', 'llama_cpp')):
     parser.error(f'--peer={args.peer}: does not {args.what} here')
   os.environ.update(hardware.cpu_environment())   # of the processes to come: ours and the peer's
   if args.what == 'kv':
@@ -172,6 +173,11 @@ def main(argv=None) -> None:
     except ValueError as error:
       parser.error(str(error))
     print(json.dumps(_kv(args, contexts), indent=2))
+    return
+  if args.what == 'scan':
+    rounds = [_alone(speed_sampling.scanned, args.size, args.dtype, args.steps) for _ in range(args.rounds)]
+    print(json.dumps({'what': 'scan', 'size': args.size, 'dtype': args.dtype, **_alone(provenance.result),
+                      'environment': hardware.environment(), 'rounds': rounds}, indent=2))
     return
   with tempfile.TemporaryDirectory() as scratch:
     print(json.dumps(_loads(args, Path(scratch)) if args.what == 'load' else _beside(args, Path(scratch)), indent=2))

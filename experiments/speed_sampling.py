@@ -56,6 +56,36 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
                    'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
 
 
+def scanned(name: str, dtype: str, steps: int) -> dict:
+  """Of one token through a model without a cache, which reads all its weights: seconds and temporaries with its blocks one after another,
+  as decoding has them, and as a scan over stacked weights, by XLA alone."""
+  import jax
+  import jax.numpy as jnp
+
+  from configs import base
+  from gemma4_jax.model import transformer
+  cfg = base.models()[name].replace(dtype=dtype, param_dtype=dtype)
+  params, token = transformer.init(cfg, 0), jnp.ones((1, 1), jnp.int32)
+  programs, out = {}, {'device': jax.devices()[0].device_kind}
+  for path, fields in (('one_by_one', {}), ('scanned', {'scan': True})):
+    one = cfg.replace(**fields)
+    weights = transformer.stack(one, params) if one.scan else params
+    run = jax.jit(lambda weights, token, one=one: transformer.Transformer(one).apply({'params': weights}, token)[0])
+    compiled = run.lower(weights, token).compile()
+    compiled(weights, token).block_until_ready()
+    programs[path] = compiled, weights
+    out[path] = {'temporary_bytes': compiled.memory_analysis().temp_size_in_bytes}
+  times = {path: [] for path in programs}
+  for _ in range(8 * steps):   # in turn: machines drift
+    for path, (run, weights) in programs.items():
+      begin = time.perf_counter()
+      run(weights, token).block_until_ready()
+      times[path].append(time.perf_counter() - begin)
+  for path, found in times.items():
+    out[path]['seconds'] = median(found)
+  return out | {'times_as_long': out['scanned']['seconds'] / out['one_by_one']['seconds']}
+
+
 def hf(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str) -> dict:
   del weights   # as they are: transformers alone has no others
   try:

@@ -57,3 +57,10 @@ def test_llama_cpp_gives_the_logits_of_the_same_weights(name, over_tokens):
   found = llama_cpp_peer.compare(name, CONVERT, 96)
   assert found['tokens'] > found['window']
   assert np.isfinite(found['largest_logit']) and found['float16_gelu'][over_tokens] < 0.02   # beside values of up to 5
+
+
+@pytest.mark.slow
+def test_a_scan_keeps_what_it_cuts_out_of_a_stack_and_blocks_one_by_one_need_not():
+  found = speed_sampling.scanned('e2b-toy', 'float32', steps=1)
+  assert found['scanned']['temporary_bytes'] > 2 * found['one_by_one']['temporary_bytes'] > 0
+  assert found['times_as_long'] == found['scanned']['seconds'] / found['one_by_one']['seconds']
