@@ -57,6 +57,15 @@ def platform() -> str:
   return 'gpu' if name in ('cuda', 'rocm') else name
 
 
+def kernels() -> str:
+  """Whose Pallas kernels run on the device that is traced for: 'tpu', 'gpu', or '' for none: on a CPU, and on GPUs older than compute
+  capability 8.0 (a T4), which Triton does not know."""
+  import jax
+  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]   # one that is only described counts as new
+  old = str(getattr(device, 'compute_capability', '')).startswith(('5.', '6.', '7.'))
+  return platform() if platform() in ('tpu', 'gpu') and not old else ''
+
+
 @functools.lru_cache
 def peak_flops() -> tuple[float, str]:
   """(FLOP/s of all devices of this job, where the number is from): bfloat16 of a data sheet, else a float32 matmul timed here."""

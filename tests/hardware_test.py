@@ -4,10 +4,13 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 from gemma4_jax import hardware
+from gemma4_jax.turboquant import ops
 
 PAGES = Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
@@ -61,3 +64,14 @@ def test_a_matmul_has_a_rate_and_a_process_a_peak():
 def test_a_launcher_can_ask_without_jax():
   code = 'import sys, gemma4_jax.hardware as h; h.cpu_environment(); h.cores(); sys.exit("jax" in sys.modules)'
   assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize('platform, capability, kernels', [
+    ('gpu', '7.5', ''), ('gpu', '8.9', 'gpu'), ('gpu', '12.0', 'gpu'), ('rocm', 'gfx942', 'gpu'), ('tpu', None, 'tpu'), ('cpu', None, '')])
+def test_kernels_are_of_tpus_and_of_gpus_that_triton_knows(monkeypatch, platform, capability, kernels):
+  monkeypatch.setattr(jax, 'devices', lambda: [types.SimpleNamespace(**{'compute_capability': capability} if capability else {})])
+  monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+  assert hardware.kernels() == kernels
+  if capability == '7.5':
+    with pytest.raises(NotImplementedError, match='needs a GPU; the default device is a GPU older than compute capability 8.0'):
+      ops.check('pallas_gpu')

@@ -19,9 +19,9 @@ IMPLEMENTATIONS = ('xla', 'pallas_tpu', 'pallas_gpu', 'interpret')
 
 
 def choose(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array) -> str:
-  """What `attend` takes where nobody says: the kernel of the device (`hardware.platform`), 'xla' where it has none for the shapes."""
-  device = hardware.platform()
-  if device not in ('tpu', 'gpu') or pallas.unsupported(parts, stored, q_BKGD, device):
+  """What `attend` takes where nobody says: the kernel of the device (`hardware.kernels`), 'xla' where it has none for the shapes."""
+  device = hardware.kernels()
+  if not device or pallas.unsupported(parts, stored, q_BKGD, device):
     return 'xla'
   return f'pallas_{device}'
 
@@ -45,8 +45,8 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
 
 def choose_encode(parts: tuple[Part, ...], stored: tuple[Stored, ...], dtype) -> str:
   """What makes codes for `stored` of vectors of `dtype` where nobody says: as `choose`."""
-  device = hardware.platform()
-  if device not in ('tpu', 'gpu') or pallas_encode.unsupported(parts, dtype, stored[0].packed_BKSW.shape[2], device):
+  device = hardware.kernels()
+  if not device or pallas_encode.unsupported(parts, dtype, stored[0].packed_BKSW.shape[2], device):
     return 'xla'
   return f'pallas_{device}'
 
@@ -83,6 +83,7 @@ def check(implementation: str | None) -> None:
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'implementation={implementation!r}: must be one of {", ".join(IMPLEMENTATIONS)}')
   backend = implementation.removeprefix('pallas_')
-  if backend not in ('xla', 'interpret', hardware.platform()):
+  if backend not in ('xla', 'interpret', hardware.kernels()):
+    old = ' older than compute capability 8.0' if backend == hardware.platform() else ''
     raise NotImplementedError(f'implementation={implementation!r} needs a {backend.upper()}; the default device is a '
-                              f"{hardware.platform().upper()}: take 'xla', or None")
+                              f"{hardware.platform().upper()}{old}: take 'xla', or None")

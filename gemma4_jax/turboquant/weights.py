@@ -85,12 +85,12 @@ class Weight:
 
     Args:
       implementation: 'xla': of packed formats `_TILE` numbers are decoded at a time, also for gradients of x. 'pallas_tpu', 'pallas_gpu',
-        'interpret': the kernel. None: the kernel of the device (`hardware.platform`); 'xla' where it has none for them, and on meshes.
+        'interpret': the kernel. None: the kernel of the device (`hardware.kernels`); 'xla' where it has none for them, and on meshes.
     Raises:
       NotImplementedError: the kernel cannot take the shapes; the message has the reason.
     """
-    device, one = hardware.platform(), jax.sharding.get_abstract_mesh().size == 1   # kernels are not split over a mesh, XLA's own code is
-    if implementation is None and one and device in ('tpu', 'gpu') and not _kernels().unsupported(self, x_RK, device):
+    device, one = hardware.kernels(), jax.sharding.get_abstract_mesh().size == 1   # kernels are not split over a mesh, XLA's own code is
+    if implementation is None and one and device and not _kernels().unsupported(self, x_RK, device):
       implementation = device
     if implementation not in (None, 'xla'):
       return _kernels().dot(self, x_RK, implementation.removeprefix('pallas_'))
