@@ -29,7 +29,7 @@ setuptools.setup(
         'llama_cpp': ['llama-cpp-python', 'gguf', 'sentencepiece', 'torch', 'transformers>=5.23'],   # ... --peer=llama_cpp
         'data': ['datasets', 'pyarrow'],                # data.source = 'hf', 'parquet'
         'chat': ['jinja2'],                             # chat templates that checkpoints carry
-        'lm_eval': ['lm_eval>=0.4.13'],                 # cli.evaluate --task=lm_eval:NAME
+        'lm_eval': ['lm_eval[ifeval,ruler]>=0.4.13', 'transformers>=5.23'],   # cli.evaluate --task=lm_eval:NAME; RULER's tokenizer
         'tensorboard': ['tensorboardX'],
         'wandb': ['wandb'],
         'aot': [    # compilers for machines that are not here: libtpu as JAX itself pins it, the CUDA plugin of JAX's own version

@@ -119,13 +119,14 @@ def device() -> str:
 
 
 def command(module: str, *flags: str) -> None:
-  """Runs `python -m MODULE FLAGS`, as a terminal would, and prints what it says.
+  """Runs `python -m MODULE FLAGS`, as a terminal would, and prints what it says. On the CPU: an accelerator is this process's alone.
 
   Raises:
     RuntimeError: it ended with another exit status than 0, or 2, by which a command says what is wrong with its flags.
   """
-  print('$ python -m', module, *flags)
+  print('$', *([] if jax.default_backend() == 'cpu' else ['JAX_PLATFORMS=cpu']), 'python -m', module, *flags)
   environment = {name: value for name, value in os.environ.items() if name != 'FORCE_COLOR'}   # a kernel's own; here it would draw bars
+  environment['JAX_PLATFORMS'] = 'cpu'
   environment['PYTHONPATH'] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get('PYTHONPATH')]))
   with subprocess.Popen([sys.executable, '-m', module, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                         env=environment) as process:

@@ -19,6 +19,11 @@ import sys
 from gemma4_jax.cli.sample import guard, make_parser
 
 TASKS = ('perplexity', 'associative', 'needle')   # and lm_eval:NAME,..
+_OF = {   # flags that only some tasks have -> these
+    'data': ('perplexity', 'needle'), 'text_field': ('perplexity', 'needle'), 'max_documents': ('perplexity', 'lm_eval'),
+    **dict.fromkeys(('window', 'stride', 'reply_only', 'raw_text_anyway', 'reference'), ('perplexity',)),
+    **dict.fromkeys(('tasks_path', 'num_fewshot', 'chat_template'), ('lm_eval',)),
+    'lengths': ('associative', 'needle', 'lm_eval'), 'trials': ('associative', 'needle')}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,13 +44,13 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--tasks_path', type=Path, help="a folder of lm_eval's task files, in the place of its own")
   parser.add_argument('--num_fewshot', type=int, help='examples before each question of lm_eval (default: as the task says)')
   parser.add_argument('--chat_template', action='store_true', help="questions of lm_eval as a user's messages")
-  parser.add_argument('--lengths', type=_numbers, default=(), help='numbers of pairs (associative), or of tokens (needle)')
+  parser.add_argument('--lengths', type=_numbers, default=(), help='numbers of pairs (associative), or of tokens (needle, RULER)')
   parser.add_argument('--trials', type=int, default=32, help='of each length and depth (default: %(default)s)')
   parser.add_argument('--tokenizer', help="a tokenizer.json (default: the checkpoint's)")
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='of weights and activations (default: as stored)')
   parser.add_argument('--out', type=Path, help='a JSON file that gets protocol, metrics and every document')
   args = parser.parse_args(argv)
-  guard(lambda: _evaluate(args))
+  guard(lambda: _evaluate(args, [name for name in _OF if getattr(args, name) != parser.get_default(name)]))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -55,23 +60,25 @@ def _numbers(text: str) -> tuple[int, ...]:
     raise argparse.ArgumentTypeError(f'{text!r} is no list of whole numbers with commas between') from None
 
 
-def _evaluate(args: argparse.Namespace) -> None:
+def _evaluate(args: argparse.Namespace, given: list[str]) -> None:
   task, _, names = args.task.partition(':')
   if task == 'lm_eval' and not names or task not in ('lm_eval', *TASKS) or names and task != 'lm_eval':
     raise ValueError(f'--task={args.task}: give one of {", ".join(TASKS)}, or lm_eval:NAME,..')
+  if foreign := [name for name in given if task not in _OF[name]]:
+    raise ValueError(f'--{foreign[0]}: is not of --task={task}; it is of {", ".join(_OF[foreign[0]])}')
   if task == 'perplexity' and not args.data:
     raise ValueError('--data: --task=perplexity needs text; name files, stdlib, or validation')
   if args.max_documents < 0:
     raise ValueError(f'--max_documents={args.max_documents} is negative')
-  if args.out and not args.out.absolute().parent.is_dir():
-    raise ValueError(f'--out={args.out}: no such directory')
+  if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
+    raise ValueError(f'--out={args.out}: ' + ('is a directory; name a file in it' if args.out.is_dir() else 'no such directory'))
   from gemma4_jax import compilation, metrics  # JAX loads with them: it need not for --help
   compilation.keep()
   how = dict(batch_tokens=args.batch_tokens, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
   if task == 'lm_eval':
     from gemma4_jax.evaluation import harness
     result = harness.run(args.checkpoint, names.split(','), tasks_path=args.tasks_path, num_fewshot=args.num_fewshot,
-                         limit=args.max_documents, chat_template=args.chat_template, **how)
+                         limit=args.max_documents, chat_template=args.chat_template, lengths=args.lengths, **how)
   elif task == 'perplexity':
     from gemma4_jax.evaluation import perplexity_task
     result = perplexity_task.run(
@@ -79,10 +86,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         text_field=args.text_field, max_documents=args.max_documents, window=args.window, stride=args.stride, **how)
   else:
     from gemma4_jax.evaluation import recall
-    result = recall.run(args.checkpoint, task, data=args.data, lengths=args.lengths, trials=args.trials, **how)
+    result = recall.run(args.checkpoint, task, data=args.data, text_field=args.text_field, lengths=args.lengths, trials=args.trials, **how)
+  _show(result)   # first: a file that cannot be written loses nothing
   if args.out:
     metrics.write_json(args.out, result)
-  _show(result)
 
 
 def _show(result: dict) -> None:

@@ -8,9 +8,12 @@ all other strings are text, whatever they spell.
 """
 
 from collections.abc import Mapping, Sequence
+import difflib
 import importlib.metadata
+import json
 import os
 from pathlib import Path
+import tempfile
 
 import numpy as np
 
@@ -68,13 +71,14 @@ class Adapter(lm_model.TemplateLM):
     return (self._model.template or 'gemma4_jax.data.chat') if chat_template else None
 
   def apply_chat_template(self, chat_history: Sequence[Mapping], add_generation_prompt: bool = True) -> str:
-    """Raises ValueError: the answer's beginning is given (a task's gen_prefix), which the format has no place for."""
-    if not add_generation_prompt:
-      raise ValueError('gen_prefix: this task begins the answer itself, which a chat of Gemma 4 cannot; run it without a chat template')
-    ids = chat.encode(self._model.tokenizer, chat_history, template=self._model.template,
-                      empty_thought_channel=self._model.empty_thought_channel)
+    """Args: add_generation_prompt: False where the last message is the beginning of the answer (a task's gen_prefix), which then
+    follows the opened turn."""
+    begun = '' if add_generation_prompt else chat_history[-1]['content']
+    ids = chat.encode(self._model.tokenizer, chat_history if add_generation_prompt else chat_history[:-1], template=self._model.template,
+                      empty_thought_channel=self._model.empty_thought_channel).tolist()
+    ids += self._model.tokenizer.encode(begun).tolist()
     rendered = self._model.tokenizer.decode(ids, control=True)
-    if self._rendered.setdefault(rendered, ids.tolist()) != ids.tolist():   # a text that spells what another renders
+    if self._rendered.setdefault(rendered, ids) != ids:   # a text that spells what another renders
       raise ValueError(f'chat template: two conversations look alike, as one spells control tokens: {rendered[:200]!r}')
     return rendered
 
@@ -91,7 +95,7 @@ class Adapter(lm_model.TemplateLM):
     return ([] if add_special_tokens is False else [self.prefix_token_id]) + self._model.tokenizer.encode(string).tolist()
 
   def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    if context in self._rendered:   # its last line break belongs to the template, not to the answer
+    if context in self._rendered:   # a line break at its end belongs to the template, not to the answer
       return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
     return super()._encode_pair(context, continuation)
 
@@ -158,31 +162,51 @@ class Adapter(lm_model.TemplateLM):
     return list(context) if len(context) <= room else [context[0], *context[len(context) - room + 1:]]
 
 
+class _Tasks(lm_tasks.TaskManager):
+  """Whatever ends the loading of a task, which runs code of its own, downloads and asks for packages, is a ValueError."""
+
+  def load(self, task_list):
+    try:
+      return super().load(task_list)
+    except Exception as error:
+      raise ValueError(f'lm_eval: cannot load {", ".join(task_list)} ({type(error).__name__}: {error}); tasks by name download their data, '
+                       "and some need packages: pip install 'gemma4_jax[lm_eval]' has those of IFEval and RULER") from error
+
+
 def run(directory: str | os.PathLike, tasks: Sequence[str], *, tasks_path: str | os.PathLike | None = None, num_fewshot: int | None = None,
-        limit: int = 0, chat_template: bool = False, batch_tokens: int = 8192, max_length: int = 0, param_dtype: str | None = None,
-        tokenizer: str | None = None, progress: bool = False) -> dict:
+        limit: int = 0, chat_template: bool = False, lengths: Sequence[int] = (), batch_tokens: int = 8192, max_length: int = 0,
+        param_dtype: str | None = None, tokenizer: str | None = None, progress: bool = False) -> dict:
   """{'metrics': {task: {name: value}}, 'protocol': {name: value}, 'documents': []}, as `perplexity_task.run`.
 
   Args:
-    tasks: names.
+    tasks: names, or patterns of names such as 'mmlu_*'.
     tasks_path: a folder of task files, in the place of the harness's own.
     num_fewshot: examples before each question; None: as the task says.
     limit: the first so many documents of each task; 0: all.
     chat_template: questions as a user's messages.
+    lengths: tokens of a prompt, for tasks that make theirs as long as is asked (RULER); none: as the task says.
     batch_tokens, max_length: see `Adapter`.
   Raises:
     ValueError: in one line.
   """
   if tasks_path is not None and not Path(tasks_path).is_dir():
     raise ValueError(f'--tasks_path={tasks_path}: no such directory')
-  manager = lm_tasks.TaskManager(include_path=None if tasks_path is None else str(tasks_path), include_defaults=tasks_path is None)
-  if missing := [name for name in tasks if not manager.match_tasks([name])]:
-    known = [name for name in manager.all_tasks if name[:1] == missing[0][:1]] or manager.all_tasks
-    raise ValueError(f'--task=lm_eval:{missing[0]}: no such task; near it are {", ".join(sorted(known)[:12])}')
-  model = text.load(directory, param_dtype=param_dtype, tokenizer=tokenizer, progress=progress)
-  found = lm_eval.simple_evaluate(
-      Adapter(model, batch_tokens=batch_tokens, max_length=max_length), tasks=list(tasks), task_manager=manager, num_fewshot=num_fewshot,
-      limit=limit or None, apply_chat_template=chat_template, fewshot_as_multiturn=chat_template, log_samples=False, bootstrap_iters=1000)
+  if (num_fewshot or 0) < 0 or any(n < 1 for n in lengths):
+    raise ValueError(f'--num_fewshot={num_fewshot}, --lengths={",".join(map(str, lengths))}: at least 0 examples, and 1 token each')
+  with tempfile.TemporaryDirectory() as folder:   # where tasks that count tokens find the tokenizer, in the form of transformers
+    manager = _Tasks(include_path=None if tasks_path is None else str(tasks_path), include_defaults=tasks_path is None,
+                     metadata={'tokenizer': folder} | ({'max_seq_lengths': list(lengths)} if lengths else {}))
+    if missing := [name for name in tasks if not manager.match_tasks([name])]:
+      near = difflib.get_close_matches(missing[0], manager.all_tasks, 8, 0.3) or manager.all_tasks[:8]
+      raise ValueError(f'--task=lm_eval:{missing[0]}: no such task; near it are {", ".join(near)}')
+    names = list(dict.fromkeys(name for pattern in tasks for name in manager.match_tasks([pattern])))
+    model = text.load(directory, param_dtype=param_dtype, tokenizer=tokenizer, progress=progress)
+    (Path(folder) / 'tokenizer.json').write_text(model.tokenizer.serialized, encoding='utf-8')
+    (Path(folder) / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'}))
+    found = lm_eval.simple_evaluate(
+        Adapter(model, batch_tokens=batch_tokens, max_length=max_length), tasks=names, task_manager=manager,
+        num_fewshot=num_fewshot, limit=limit or None, apply_chat_template=chat_template, fewshot_as_multiturn=chat_template,
+        log_samples=False, bootstrap_iters=1000)
   numbers = lambda row: {name.removesuffix(',none'): float(value) for name, value in row.items()
                          if isinstance(value, int | float) and not isinstance(value, bool) and ',' in name}
   return {
@@ -193,4 +217,4 @@ def run(directory: str | os.PathLike, tasks: Sequence[str], *, tasks_path: str |
           'examples': ', '.join(f'{task} {count}' for task, count in found['n-shot'].items()), 'documents': limit or 'all',
           'BOS': 'begins every request, once',
           'chat template': 'none' if not chat_template else 'of the checkpoint' if model.template else 'ours',
-          'tokenizer': model.tokenizer.hash, 'dtype': model.cfg.dtype}}
+          'tokenizer': model.tokenizer.hash, 'dtype': model.cfg.dtype} | ({'lengths': ', '.join(map(str, lengths))} if lengths else {})}

@@ -27,6 +27,8 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
   Raises:
     ValueError: in one line; also for raw text under a checkpoint that was taught to chat, without `raw_text_anyway`.
   """
+  if reply_only and (window or stride or data == 'validation'):
+    raise ValueError('--reply_only: takes conversations as --data, and runs each whole: without --window and --stride')
   sign = checkpoint.why_instruct(directory)
   if sign and not (reply_only or raw_text_anyway or reference):
     raise ValueError(

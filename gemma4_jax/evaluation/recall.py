@@ -25,13 +25,14 @@ _PAIRS = (4, 16, 64)
 _TELL, _ASK = 'The code of the day is {}.', 'The code of the day is'
 
 
-def run(directory: str | os.PathLike, task: str, *, data: str | None = None, lengths: Sequence[int] = (), trials: int = 32, seed: int = 0,
-        batch_tokens: int = 8192, param_dtype: str | None = None, tokenizer: str | None = None, progress: bool = False) -> dict:
+def run(directory: str | os.PathLike, task: str, *, data: str | None = None, text_field: str = 'text', lengths: Sequence[int] = (),
+        trials: int = 32, seed: int = 0, batch_tokens: int = 8192, param_dtype: str | None = None, tokenizer: str | None = None,
+        progress: bool = False) -> dict:
   """{'metrics': {what: {name: value}}, 'protocol': {name: value}, 'documents': []}, as `perplexity_task.run`.
 
   Args:
     task: 'associative' or 'needle'.
-    data: text for the needle, as `documents.from_files` takes it.
+    data, text_field: text for the needle, as `documents.from_files` takes it.
     lengths: numbers of pairs, or tokens of context; none: 4, 16 and 64, or 128 and on, doubled, to the model's context or 8192.
     trials: of each length (and depth).
   Raises:
@@ -46,7 +47,7 @@ def run(directory: str | os.PathLike, task: str, *, data: str | None = None, len
   if task == 'associative':
     metrics = {f'{n} pairs': associative(model, n, **how) for n in lengths or _PAIRS}
   else:
-    hay = np.concatenate([document.ids[1:] for document in documents.from_files(model.tokenizer, data)])
+    hay = np.concatenate([document.ids[1:] for document in documents.from_files(model.tokenizer, data, text_field=text_field)])
     longest = min(model.cfg.context_length, 8192)
     lengths = lengths or [2**i for i in range(7, 14) if 2**i <= longest]
     metrics = {f'{n} tokens, depth {depth:.0%}': needle(model, hay, n, depth, **how) for n in lengths for depth in _DEPTHS}

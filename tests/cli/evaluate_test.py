@@ -104,12 +104,16 @@ def test_a_reference_gives_the_divergence_and_no_perplexity_of_raw_text_to_what_
     (['--reference=HOME/nowhere'], 'nowhere: no such directory'), (['--reference=HOME/another_tokenizer'], 'has another tokenizer'),
     (['--out=HOME/no/out.json'], 'no such directory'), (['--task=glue'], '--task=glue: give one of perplexity'),
     (['--task=lm_eval'], '--task=lm_eval: give one of'),
-    (['--task=associative'], '--data: --task=associative has none'), (['--task=needle', '--trials=0'], '--trials=0'),
+    (['--task=associative'], '--data: is not of --task=associative; it is of perplexity, needle'),
+    (['--task=needle', '--trials=0'], '--trials=0'), (['--task=lm_eval:x', '--window=8'], '--data: is not of --task=lm_eval'),
+    (['--trials=3'], '--trials: is not of --task=perplexity'), (['--out=HOME'], 'is a directory; name a file in it'),
+    (['--reply_only', '--window=16'], '--reply_only: takes conversations as --data, and runs each whole'),
+    (['--reply_only', '--data=validation'], '--reply_only: takes conversations'),
     (['--widow=3'], 'unrecognized arguments'),
     (['--reply_only'], 'no conversation'), (['--checkpoint=HOME/nowhere'], 'no such directory')], ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_one_line(home, flags, said):
   (home / 'empty.jsonl').write_text('')
-  data = 'empty.jsonl' if flags == ['--reply_only'] else '*.txt'
+  data = 'empty.jsonl' if flags[0] == '--reply_only' else '*.txt'
   with pytest.raises(SystemExit) as stop:
     run(home, *(flag.replace('HOME', str(home)) for flag in flags), data=data)
   assert said in stop.value.code and '\n' not in stop.value.code and stop.value.code.startswith('error: ')

@@ -141,9 +141,40 @@ def test_settings_that_there_are_not_are_refused(ours, settings, said):
     ours.generate_until(requests(('a', settings)))
 
 
-def test_a_chat_that_the_task_begins_to_answer_is_refused(ours):
-  with pytest.raises(ValueError, match='gen_prefix'):
-    ours.apply_chat_template([{'role': 'user', 'content': 'a'}], add_generation_prompt=False)
+def test_an_answer_that_the_task_begins_follows_the_opened_turn(ours):
+  question, begun = {'role': 'user', 'content': 'Why?'}, {'role': 'assistant', 'content': 'Because <bos>'}
+  chat = ours.apply_chat_template([question, begun], add_generation_prompt=False)
+  ids = ours._model.encode_chat([question]).tolist() + ours._model.tokenizer.encode('Because <bos>').tolist()
+  assert ours.tok_encode(chat) == ids and ids.count(2) == 1 and chat.endswith('model\nBecause <bos>')
+
+
+def test_tasks_that_count_tokens_get_the_tokenizer_and_the_lengths_that_were_asked_for(home, monkeypatch):
+  """As RULER's do, which make their own texts."""
+  (home / 'long').mkdir()
+  (home / 'long/made.py').write_text('''import datasets
+def made(max_seq_lengths=(64,), tokenizer=None, **kwargs):
+  import transformers
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer)
+  rows = [{'question': 'a b ' * (n // 4), 'answer': str(len(tokenizer('a b').input_ids))} for n in max_seq_lengths]
+  return {'test': datasets.Dataset.from_list(rows)}
+''')
+  (home / 'long/toy_long.yaml').write_text(
+      'task: toy_long\ncustom_dataset: !function made.made\ntest_split: test\noutput_type: generate_until\ndoc_to_text: "{{question}}"\n'
+      'doc_to_target: "{{answer}}"\ngen_prefix: "So"\ngeneration_kwargs: {until: []}\nmetric_list: [{metric: exact_match}]\n')
+  asked, tokenizer = [], text.load(home / 'model').tokenizer
+  monkeypatch.setattr(harness.Adapter, 'generate_until', lambda self, requests, **_: [
+      asked.append(self.tok_encode(r.args[0])) or str(len(tokenizer.encode('a b'))) for r in requests])
+  found = harness.run(home / 'model', ['toy_l*'], tasks_path=home / 'long', lengths=[8, 40], chat_template=True)
+  assert found['metrics']['toy_long']['exact_match'] == 1 and found['protocol']['lengths'] == '8, 40'
+  assert len(asked[1]) > len(asked[0]) and all(tokenizer.decode(ids, control=True).endswith('model\nSo') for ids in asked)
+
+
+def test_a_task_that_cannot_be_loaded_is_one_error(home):
+  (home / 'broken').mkdir()
+  (home / 'broken/broken.yaml').write_text('task: broken\ndataset_path: json\ntest_split: test\ndoc_to_text: ""\ndoc_to_target: ""\n'
+                                           f'dataset_kwargs: {{data_files: {{test: {home}/none.jsonl}}}}\n')
+  with pytest.raises(ValueError, match='lm_eval: cannot load broken .FileNotFoundError: .*none.jsonl'):
+    harness.run(home / 'model', ['broken'], tasks_path=home / 'broken')
 
 
 def test_a_task_that_there_is_not_names_those_near_it(home):
