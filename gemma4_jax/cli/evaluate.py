@@ -70,8 +70,10 @@ def _evaluate(args: argparse.Namespace, given: list[str]) -> None:
     raise ValueError('--data: --task=perplexity needs text; name files, stdlib, or validation')
   if args.max_documents < 0:
     raise ValueError(f'--max_documents={args.max_documents} is negative')
-  if args.out and (args.out.is_dir() or not args.out.absolute().parent.is_dir()):
-    raise ValueError(f'--out={args.out}: ' + ('is a directory; name a file in it' if args.out.is_dir() else 'no such directory'))
+  if args.out and not args.out.absolute().parent.is_dir():
+    raise ValueError(f'--out={args.out}: no such directory')
+  if args.out and args.out.exists() and not args.out.is_file():
+    raise ValueError(f'--out={args.out}: is a directory or a device; name a file')
   from gemma4_jax import compilation, metrics  # JAX loads with them: it need not for --help
   compilation.keep()
   how = dict(batch_tokens=args.batch_tokens, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
@@ -89,14 +91,14 @@ def _evaluate(args: argparse.Namespace, given: list[str]) -> None:
     result = recall.run(args.checkpoint, task, data=args.data, text_field=args.text_field, lengths=args.lengths, trials=args.trials, **how)
   _show(result)   # first: a file that cannot be written loses nothing
   if args.out:
-    metrics.write_json(args.out, result)
+    metrics.write_json(args.out.resolve(), result)
 
 
 def _show(result: dict) -> None:
   import rich.box
   from rich.console import Console
   from rich.table import Table
-  console = Console()
+  console = Console(width=None if sys.stdout.isatty() else 200)   # a file has no edge at which numbers would break
   names = list(dict.fromkeys(name for row in result['metrics'].values() for name in row))
   table = Table(box=rich.box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
   for i, name in enumerate(['', *names]):

@@ -25,7 +25,8 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
       window. Replies run whole, up to the context length.
     progress: bars.
   Raises:
-    ValueError: in one line; also for raw text under a checkpoint that was taught to chat, without `raw_text_anyway`.
+    ValueError: in one line; also for raw text under a checkpoint that was taught to chat, without `raw_text_anyway`, and for
+      log-probabilities that are not finite.
   """
   if reply_only and (window or stride or data == 'validation'):
     raise ValueError('--reply_only: takes conversations as --data, and runs each whole: without --window and --stride')
@@ -61,6 +62,7 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
       advance()
       return got
     scored = windows.collect(found, batches, values)
+  score.check_finite(scored)
 
   told_perplexity = reply_only or raw_text_anyway or not sign
   protocol = {

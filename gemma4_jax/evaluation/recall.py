@@ -33,7 +33,7 @@ def run(directory: str | os.PathLike, task: str, *, data: str | None = None, tex
   Args:
     task: 'associative' or 'needle'.
     data, text_field: text for the needle, as `documents.from_files` takes it.
-    lengths: numbers of pairs, or tokens of context; none: 4, 16 and 64, or 128 and on, doubled, to the model's context or 8192.
+    lengths: numbers of pairs, or tokens of context; none: 4, 16 and 64, or 128 and on, doubled, to 8192, the model's context or the text.
     trials: of each length (and depth).
   Raises:
     ValueError: in one line.
@@ -45,12 +45,14 @@ def run(directory: str | os.PathLike, task: str, *, data: str | None = None, tex
   model = text.load(directory, param_dtype=param_dtype, tokenizer=tokenizer, progress=progress)
   how = dict(trials=trials, seed=seed, batch_tokens=batch_tokens)
   if task == 'associative':
-    metrics = {f'{n} pairs': associative(model, n, **how) for n in lengths or _PAIRS}
+    ask, points = associative, [(f'{n} pairs', (n,)) for n in sorted(lengths or _PAIRS)]
   else:
     hay = np.concatenate([document.ids[1:] for document in documents.from_files(model.tokenizer, data, text_field=text_field)])
-    longest = min(model.cfg.context_length, 8192)
-    lengths = lengths or [2**i for i in range(7, 14) if 2**i <= longest]
-    metrics = {f'{n} tokens, depth {depth:.0%}': needle(model, hay, n, depth, **how) for n in lengths for depth in _DEPTHS}
+    longest = min(model.cfg.context_length - 1, len(hay))   # the answer comes on top
+    lengths = lengths or [2**i for i in range(7, 14) if 2**i <= longest] or [128]
+    ask, points = needle, [(f'{n} tokens, depth {depth:.0%}', (hay, n, depth)) for n in sorted(lengths) for depth in _DEPTHS]
+  done = [(name, ask(model, *point, **how)) for name, point in reversed(points)]   # the longest first: what has no room fails at once
+  metrics = dict(reversed(done))
   return {'task': task, 'metrics': metrics, 'documents': [], 'protocol': {
       'checkpoint': str(directory), 'trials': trials, 'seed': seed, 'BOS': 'begins every context',
       'right': 'the likeliest of the answers offered', 'data': data, 'tokenizer': model.tokenizer.hash, 'dtype': model.cfg.dtype,

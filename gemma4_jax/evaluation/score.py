@@ -1,6 +1,6 @@
 """What a model says of every token of a document: its log-probability, and how far it is from another model's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 import math
 
@@ -62,7 +62,7 @@ def continuations(cfg: ModelConfig, params: dict, requests: Sequence[tuple[Seque
     requests: BOS is the caller's.
     batch_tokens: about so many tokens of contexts and continuations are in a batch.
   Raises:
-    ValueError: an empty context or continuation, or more tokens than the model's context.
+    ValueError: an empty context or continuation, more tokens than the model's context, or log-probabilities that are not finite.
   """
   by_context = {}
   for i, (context, continuation) in enumerate(requests):
@@ -80,7 +80,14 @@ def continuations(cfg: ModelConfig, params: dict, requests: Sequence[tuple[Seque
     rows = max(1, batch_tokens // (S + T))
     for batch in _batches(contexts, [len(by_context[context]) for context in contexts], rows):
       _score_batch(cfg, params, requests, {context: by_context[context] for context in batch}, S, T, found)
+  check_finite(scores for scores, _ in found)
   return found
+
+
+def check_finite(scores: Iterable[np.ndarray]) -> None:
+  """Raises ValueError: numbers that say nothing."""
+  if not all(np.isfinite(one).all() for one in scores):
+    raise ValueError('log-probabilities that are not finite: weights that are not? `cli.convert --check` names them')
 
 
 def _batches(contexts, counts, rows):

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -25,6 +26,7 @@ def home(tmp_path_factory):
   tiny.write(folder / 'base', **{'generation_config.json': '{}'})
   tiny.write(folder / 'another_tokenizer', **{'generation_config.json': '{}', 'tokenizer.json': tiny.model().tokenizer.serialized + ' '})
   save.save_hf(tiny.CFG, transformer.init(tiny.CFG, 1), folder / 'other', source=folder / 'base')
+  save.save_hf(tiny.CFG, jax.tree.map(lambda x: x * np.nan, tiny.model().params), folder / 'broken', source=folder / 'base')
   for i, text in enumerate(TEXTS):
     (folder / f'{i}.txt').write_text(text)
   (folder / 'chats.jsonl').write_text(json.dumps({'messages': TALK}))
@@ -106,10 +108,10 @@ def test_a_reference_gives_the_divergence_and_no_perplexity_of_raw_text_to_what_
     (['--task=lm_eval'], '--task=lm_eval: give one of'),
     (['--task=associative'], '--data: is not of --task=associative; it is of perplexity, needle'),
     (['--task=needle', '--trials=0'], '--trials=0'), (['--task=lm_eval:x', '--window=8'], '--data: is not of --task=lm_eval'),
-    (['--trials=3'], '--trials: is not of --task=perplexity'), (['--out=HOME'], 'is a directory; name a file in it'),
+    (['--trials=3'], '--trials: is not of --task=perplexity'), (['--out=HOME'], 'is a directory or a device'),
     (['--reply_only', '--window=16'], '--reply_only: takes conversations as --data, and runs each whole'),
     (['--reply_only', '--data=validation'], '--reply_only: takes conversations'),
-    (['--widow=3'], 'unrecognized arguments'),
+    (['--widow=3'], 'unrecognized arguments'), (['--checkpoint=HOME/broken'], 'log-probabilities that are not finite'),
     (['--reply_only'], 'no conversation'), (['--checkpoint=HOME/nowhere'], 'no such directory')], ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_one_line(home, flags, said):
   (home / 'empty.jsonl').write_text('')

@@ -58,3 +58,20 @@ def test_what_is_right_is_that_of_the_whole_model():
 def test_what_has_no_room_is_refused(ask, said):
   with pytest.raises(ValueError, match=said):
     ask()
+
+
+def test_a_length_that_has_no_room_ends_all_before_a_shorter_one_runs(asked, monkeypatch, tmp_path):
+  monkeypatch.setattr(recall.text, 'load', lambda directory, **how: tiny.model())
+  (tmp_path / 'a.txt').write_text('some text ' * 90)
+  with pytest.raises(ValueError, match='600 pairs'):
+    recall.run('here', 'associative', lengths=(4, 600))
+  with pytest.raises(ValueError, match='5000 tokens'):
+    recall.run('here', 'needle', data=str(tmp_path / '*.txt'), lengths=(64, 5000))
+  assert not asked
+  found = recall.run('here', 'needle', data=str(tmp_path / '*.txt'), trials=1)['metrics']    # as long as text and context allow
+  assert list(found) == [f'128 tokens, depth {depth}%' for depth in (0, 25, 50, 75, 100)]    # and the context is 256, answer included
+
+
+def test_scores_that_are_no_numbers_are_refused():
+  with pytest.raises(ValueError, match='not finite'):
+    score.check_finite([np.zeros(2), np.array([0, np.nan])])
