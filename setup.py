@@ -35,7 +35,8 @@ setuptools.setup(
         'aot': [    # compilers for machines that are not here: libtpu as JAX itself pins it, the CUDA plugin of JAX's own version
             'jax[tpu]', "jax-cuda13-plugin==0.10.2; python_version < '3.12'", "jax-cuda13-pjrt==0.10.2; python_version < '3.12'",
             "jax-cuda13-plugin==0.12.0.1; python_version >= '3.12'", "jax-cuda13-pjrt==0.12.0.1; python_version >= '3.12'"],
-        'cuda': ['jax[cuda13]'],
+        'cuda': ['jax[cuda13]'],                        # of drivers from 580 on
+        'cuda12': ['jax[cuda12]'],
         'tpu': ['jax[tpu]'],
     },
 )

@@ -104,6 +104,7 @@ def begin(size: str, runtime: str, seed: int, smoke: bool, checkpoint: str = '')
   if (size == 'toy') == bool(checkpoint):
     raise ValueError(f'SIZE={size!r}: ' + ('is trained here; leave CHECKPOINT empty, or say what it holds' if checkpoint else
                                          'needs CHECKPOINT, the directory of its weights (Hugging Face or Google format)'))
+  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')   # of a T4's 16 GB: E4B takes 12 with a float32 copy of its embedding
   if RUNTIMES[runtime][0] != jax.default_backend():
     raise ValueError(f'RUNTIME={runtime!r}: JAX finds {device()} here; choose another RUNTIME, or change the runtime type of the notebook')
   compilation.keep()

@@ -1,10 +1,15 @@
 """Every notebook runs, is of the shape they share, and holds the outputs of a real run."""
 
+import fnmatch
+import glob
+import importlib.util
 import json
 import pathlib
 import re
+import sys
 
 import jax
+import numpy as np
 import pytest
 
 from colabs import notebook
@@ -63,6 +68,26 @@ def test_a_notebook_holds_the_outputs_of_one_whole_real_run(name):
   assert re.search(r'peak [\d,]+ bytes; \d+ s', said)
 
 
+@pytest.mark.parametrize('devices, plugin, extra', [
+    ([], False, ''), (['/dev/nvidia0'], False, '[cuda]'), (['/dev/nvidia0'], True, '[cuda12]'), (['/dev/vfio/0'], False, '[tpu]')])
+def test_on_colab_the_install_cell_takes_what_the_machine_has_and_finds_the_clone_again(devices, plugin, extra, tmp_path, monkeypatch):
+  cell = re.sub(r'^( +)[!%](.*)$', r"\1shell(f'\2')", read(NOTEBOOKS[0])[1][0]['source'], flags=re.MULTILINE)
+  said = []
+  def shell(line):
+    said.append(line)
+    (tmp_path / 'gemma4_jax/colabs').mkdir(parents=True, exist_ok=True)
+    (tmp_path / 'gemma4_jax/colabs/notebook.py').touch()
+  monkeypatch.setitem(sys.modules, 'google.colab', None)
+  monkeypatch.setattr(sys, 'path', list(sys.path))
+  monkeypatch.setattr(glob, 'glob', lambda pattern: [path for path in devices if fnmatch.fnmatch(path, pattern)])
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: plugin and name == 'jax_cuda12_plugin' or None)
+  for _ in range(2):    # the second time as after a restart, which begins where the first did
+    monkeypatch.chdir(tmp_path)
+    exec(cell, {'shell': shell})
+    assert pathlib.Path.cwd() == tmp_path / 'gemma4_jax' and sys.path[0] == str(tmp_path / 'gemma4_jax')
+  assert said[0].startswith('git clone -q') and said[1:] == [f'pip install -q -e gemma4_jax{extra} numpy=={np.__version__}']
+
+
 def test_what_the_form_cannot_be_is_one_line(monkeypatch):
   for settings, said in (
       (('e2b', 'cpu', 0, True), 'needs CHECKPOINT'), (('toy', 'cpu', 0, True, 'gemma-4-E2B'), 'leave CHECKPOINT empty'),
@@ -84,3 +109,13 @@ def test_a_command_that_fails_ends_the_notebook_and_one_that_refuses_its_flags_d
     notebook.command('gemma4_jax.cli.size', '--variants=e3b')
   notebook.command('json.tool', '--no-such-flag')   # argparse: 2
   assert capfd.readouterr().out.count('$ python -m') == 2 and jax.default_backend() == 'cpu'
+
+
+def test_a_command_leaves_an_accelerator_to_the_notebook(monkeypatch, capfd):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')     # which one process holds
+  monkeypatch.delenv('JAX_PLATFORMS', raising=False)
+  notebook.command('json.tool', '--help')
+  monkeypatch.setattr(notebook.subprocess, 'Popen', lambda command, env, **how: pytest.fail(env['JAX_PLATFORMS']))
+  with pytest.raises(pytest.fail.Exception, match='cpu'):
+    notebook.command('json.tool')
+  assert '$ JAX_PLATFORMS=cpu python -m json.tool --help' in capfd.readouterr().out

@@ -102,7 +102,7 @@ def check_none(cfg: ModelConfig, params: dict, ids_BT: np.ndarray, mean: tuple[j
 def check_effect(arm: Arm, base: Arm) -> None:
   """Raises Invalid for an arm, other than `base`, in which no probability changes, or for numbers that are none."""
   if not all(np.isfinite(nll).all() for nll in arm.nll):
-    raise Invalid(f'{arm.kind} {arm.where}: log-probabilities are not finite')
+    raise Invalid(f'{arm.kind}{" in " * bool(arm.where)}{arm.where}: log-probabilities are not finite')
   if arm is not base and all(a.tobytes() == b.tobytes() for a, b in zip(arm.nll, base.nll, strict=True)):
     raise Invalid(f'{arm.kind} in {arm.where} changes no probability of any token, so this is no intervention: are these layers\' '
                   'per-layer weights zero?')
