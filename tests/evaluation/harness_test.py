@@ -97,8 +97,14 @@ def test_generations_are_those_of_the_harness_own_class(ours, theirs):
   assert ours.generate_until(asked) == expected
 
 
-def test_tasks_from_files_run_by_name_with_their_protocol(home, ours):
+def test_tasks_from_files_run_by_name_with_their_protocol(home, ours, monkeypatch):
+  begun, scored, start = [], harness.score.continuations, text.Model.start
+  monkeypatch.setattr(harness.score, 'continuations', lambda cfg, params, pairs, **how: begun.extend(
+      [*context, *continuation] for context, continuation in pairs) or scored(cfg, params, pairs, **how))
+  monkeypatch.setattr(text.Model, 'start', lambda self, prompts, **how: begun.extend(
+      prompt.tolist() for prompt in prompts) or start(self, prompts, **how))
   found = harness.run(home / 'model', list(TASKS), tasks_path=home / 'tasks', limit=3)
+  assert len(begun) == 3 * (3 + 1 + 1) and all(ids[0] == 2 and ids.count(2) == 1 for ids in begun)
   asked = [[nats for nats, _ in ours.loglikelihood(requests(*((question, choice) for choice in choices)), disable_tqdm=True)]
            for question, choices in QUESTIONS[:3]]
   assert found['metrics']['toy_choice']['acc'] == np.mean([np.argmax(scores) == i for i, scores in enumerate(asked)])

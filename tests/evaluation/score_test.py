@@ -64,6 +64,16 @@ def test_continuations_score_as_the_whole_text_does_whatever_their_batch_and_sha
     assert greedy == alone_greedy
 
 
+def test_a_context_that_requests_share_runs_once(monkeypatch):
+  ran = []
+  monkeypatch.setattr(score.kv_cache, 'make', lambda cfg, B, S: None)
+  monkeypatch.setattr(score, '_fill', lambda cfg, params, cache, ids_BT, seg_BT: ran.append(seg_BT.sum(1).tolist()))
+  monkeypatch.setattr(score, '_continue', lambda cfg, params, cache, row_R, ids_RT, seg_RT: np.zeros((2, *ids_RT.shape)))
+  shared, other = [2, 7, 8, 9], [2, 5]
+  found = score.continuations(CFG, PARAMS, [(shared, [3]), (other, [4, 4]), (shared, [4, 5]), (shared, [6])])
+  assert ran == [[3, 1]] and [len(scores) for scores, _ in found] == [1, 2, 2, 1]     # all but the last token, which predicts
+
+
 @pytest.mark.parametrize('request_, said', [(([], [3]), '0 tokens of context'), (([2], []), '0 of continuation'),
                                             (([2] * 200, [3] * 58), '257 tokens are more than model.context_length = 256')])
 def test_continuations_that_cannot_be_are_refused(request_, said):
