@@ -161,6 +161,7 @@ def _field(row, text_field, origin) -> Document:
 
 def _jsonl(paths, text_field) -> Iterator[Document]:
   for path in paths:
+    number = 0
     try:
       with open(path, 'rb') as f:
         for number, line in enumerate(f, 1):

@@ -87,7 +87,9 @@ def from_conversations(model: text.Model, data: str, *, most: int = 0) -> list[D
     try:
       row = json.loads(line)
       messages, tools = (row.get('messages'), row.get('tools')) if isinstance(row, dict) else (row, None)
-      replies = [n for n, message in enumerate(messages or ()) if message.get('role') in ('assistant', 'model')]
+      if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        messages = []
+      replies = [n for n, message in enumerate(messages) if message.get('role') in ('assistant', 'model')]
       if not replies:
         raise ValueError("no reply of the assistant; a line is {'messages': [{'role': .., 'content': ..}, ..]}")
       for n in replies:

@@ -145,3 +145,8 @@ def test_what_cannot_be_read_is_named_in_one_line(source, content, message, tmp_
 def test_a_source_or_path_that_gives_nothing_is_refused(source, path, message):
   with pytest.raises(ValueError, match=message):
     list(sources.documents(config(source, path)))
+
+
+def test_a_file_of_json_lines_that_cannot_be_opened_is_named(tmp_path):
+  with pytest.raises(ValueError, match='gone.jsonl'):
+    list(sources._jsonl([tmp_path / 'gone.jsonl'], 'text'))

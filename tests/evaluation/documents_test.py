@@ -78,7 +78,8 @@ def test_a_call_of_a_tool_and_the_answer_after_its_result_are_replies(tmp_path):
 
 
 @pytest.mark.parametrize('line, said', [
-    ('{', 'line 2: '), ({'messages': [QUESTION]}, 'line 2: no reply of the assistant'), ({'messages': 3}, 'line 2: '),
+    ('{', 'line 2: '), ({'messages': [QUESTION]}, 'line 2: no reply of the assistant'), ({'messages': 3}, 'line 2: no reply'),
+    (['x', ANSWER], 'line 2: no reply of the assistant'),
     ([ANSWER], r'line 2: messages\[0\]: a reply needs a message before it'), ([{'role': 'robot'}, ANSWER], 'line 2: '),
     ({'text': 'x'}, "line 2: no reply of the assistant; a line is {'messages'")], ids=str)
 def test_a_line_that_is_no_conversation_is_named(tmp_path, line, said):
