@@ -59,6 +59,8 @@ def run(config: ml_collections.ConfigDict, folder: pathlib.Path) -> None:
   model = text.load(checkpoint, param_dtype=p.param_dtype or None, progress=True)
   data = _corpus(config, checkpoint, model.tokenizer)
   documents = documents_lib.from_corpus(data.validation, most=p.documents, min_tokens=p.min_tokens, max_tokens=p.tokens)
+  if not documents:
+    raise ValueError(f'probe.min_tokens: no document that was kept back has {p.min_tokens} tokens')
   quarter_V = perplexity.frequency_quarters(data.token_counts)
   strata = _strata(documents, quarter_V)
   plan = probe.arms(model.cfg)
