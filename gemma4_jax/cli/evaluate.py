@@ -70,6 +70,8 @@ def _evaluate(args: argparse.Namespace, given: list[str]) -> None:
     raise ValueError('--data: --task=perplexity needs text; name files, stdlib, or validation')
   if args.max_documents < 0:
     raise ValueError(f'--max_documents={args.max_documents} is negative')
+  if args.batch_tokens < 1:
+    raise ValueError(f'--batch_tokens={args.batch_tokens} is not positive')
   if args.out and not args.out.absolute().parent.is_dir():
     raise ValueError(f'--out={args.out}: no such directory')
   if args.out and args.out.exists() and not args.out.is_file():

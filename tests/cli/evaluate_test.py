@@ -105,7 +105,7 @@ def test_a_reference_gives_the_divergence_and_no_perplexity_of_raw_text_to_what_
     (['--data=HOME/*.none'], 'matches no file'), (['--data=validation'], 'is no folder of a run'), (['--max_documents=-1'], 'is negative'),
     (['--reference=HOME/nowhere'], 'nowhere: no such directory'), (['--reference=HOME/another_tokenizer'], 'has another tokenizer'),
     (['--out=HOME/no/out.json'], 'no such directory'), (['--task=glue'], '--task=glue: give one of perplexity'),
-    (['--task=lm_eval'], '--task=lm_eval: give one of'),
+    (['--task=lm_eval'], '--task=lm_eval: give one of'), (['--batch_tokens=0'], '--batch_tokens=0 is not positive'),
     (['--task=associative'], '--data: is not of --task=associative; it is of perplexity, needle'),
     (['--task=needle', '--trials=0'], '--trials=0'), (['--task=lm_eval:x', '--window=8'], '--data: is not of --task=lm_eval'),
     (['--trials=3'], '--trials: is not of --task=perplexity'), (['--out=HOME'], 'is a directory or a device'),
