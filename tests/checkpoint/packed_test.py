@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from gemma4_jax import config, sharding
+from gemma4_jax import config
 from gemma4_jax.checkpoint import load, orbax, packed, save
 from gemma4_jax.cli import convert
 from gemma4_jax.evaluation import score
@@ -164,6 +164,3 @@ def test_what_cannot_be_is_said_before_anything_is_read(folder, tmp_path):
   assert 'leaves everything as it is' in refused(folder / 'hf', tmp_path / 'x', '--quantize=as_is')
   with pytest.raises(ValueError, match='quantized already'):
     text.load(folder / 'packed', weights='int8')
-  mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1, expert=1))
-  with pytest.raises(ValueError, match='give no mesh'):
-    load.load(folder / 'packed', mesh=mesh)
