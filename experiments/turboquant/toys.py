@@ -136,7 +136,7 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder of the trained toys')
   parser.add_argument('--models', default=models, help='of configs/base.py, with commas between (default: %(default)s)')
   parser.add_argument('--seeds', type=int, default=2)
-  parser.add_argument('--steps', type=int, default=steps, help='of training, 2048 tokens each (default: %(default)s)')
+  parser.add_argument('--steps', type=int, default=steps, help='of training (default: %(default)s)')
   parser.add_argument('--documents', type=int, default=8, help='of each kind (default: %(default)s)')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent,
                       help='folder of the results; those it has of other models, of the same commit and settings, stay')
