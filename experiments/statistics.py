@@ -49,6 +49,35 @@ def interval(values: Sequence[float]) -> Interval:
   return Interval(mean, float(found.low), float(found.high), x.size, kind)
 
 
+def crossed(values: Sequence[Sequence[float]]) -> Interval:
+  """Of the mean of [seeds, documents] where every seed has the same documents, and both are samples: Student's t.
+
+  The variances of the mean over either are added (what is of neither counts twice, so it is a little wide), with Satterthwaite's
+  degrees of freedom. Of a single seed the interval is over documents, and says nothing of other seeds.
+
+  Raises:
+    ValueError: no values, or one that is not finite.
+  """
+  x = np.asarray(values, float)
+  if x.ndim != 2 or not x.size or not np.isfinite(x).all():
+    raise ValueError(f'no interval of {values}')
+  parts = [(means.var(ddof=1) / means.size, means.size - 1) for means in (x.mean(1), x.mean(0)) if means.size > 1]
+  mean, variance = float(x.mean()), float(sum(part for part, _ in parts))
+  if not variance:
+    return Interval(mean, *((mean, mean) if parts else (None, None)), x.size, 't' if parts else '')
+  freedom = variance**2 / sum(part**2 / n for part, n in parts)
+  half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, freedom)) * math.sqrt(variance)
+  return Interval(mean, mean - half, mean + half, x.size, 't')
+
+
+def wilson(share: float, trials: int) -> tuple[float, float]:
+  """The 95 % interval of a share of successes. Source: Wilson, "Probable inference", 1927."""
+  z2 = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2))**2
+  middle = (share + z2 / (2 * trials)) / (1 + z2 / trials)
+  half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2))) / (1 + z2 / trials)
+  return middle - half, middle + half
+
+
 def p_value(differences: Sequence[float]) -> float | None:
   """Two-sided paired t-test of a mean difference of 0; None for a single pair."""
   x = np.asarray(differences, float)

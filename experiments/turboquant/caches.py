@@ -75,19 +75,19 @@ def bits(cfg, method: str) -> float:
                           weights=[spec.num_kv_heads * spec.head_dim for spec in held]))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def score(cfg, params, cache, ids_BT, exact_BTV, chunk: int):
-  """`toys.differences` [3, B, T] of tokens fed `chunk` at a time."""
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def score(cfg, params, cache, ids_BT, chunk: int, measure, *beside):
+  """`measure(logits_BCV, next_BC, *beside)` [k, B, C] of tokens fed `chunk` at a time, [k, B, T]; `beside` are [B, T, ..] here."""
   B, T = ids_BT.shape
 
   def step(cache, xs):
-    ids_BC, next_BC, exact_BCV = xs
+    ids_BC, *rest = xs
     logits, out = transformer.Transformer(cfg).apply({'params': params}, ids_BC, None, jnp.ones_like(ids_BC), cache=cache)
-    return out['cache'], toys.differences(logits, exact_BCV, next_BC)
+    return out['cache'], measure(logits, *rest)
 
   split = lambda x: jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
-  _, found = jax.lax.scan(step, cache, (split(ids_BT), split(jnp.roll(ids_BT, -1, axis=1)), split(exact_BTV)))   # [n, 3, B, C]
-  return jnp.moveaxis(found, 0, 2).reshape(3, B, T)
+  _, found = jax.lax.scan(step, cache, tuple(map(split, (ids_BT, jnp.roll(ids_BT, -1, axis=1), *beside))))   # [n, k, B, C]
+  return jnp.moveaxis(found, 0, 2).reshape(found.shape[1], B, T)
 
 
 @struct.dataclass
@@ -130,7 +130,7 @@ def examine(model: text.Model, ids: np.ndarray, tick=lambda: None) -> dict[str, 
   exact = [toys.logits(cfg, params, part) for part in batches]
 
   def measured(make, chunk):
-    found = toys.by_document([score(cfg, params, make(len(part)), part, truth, chunk) for part, truth in zip(batches, exact)])
+    found = toys.by_document([score(cfg, params, make(len(part)), part, chunk, toys.differences, truth) for part, truth in zip(batches, exact)])
     tick()
     return found
 

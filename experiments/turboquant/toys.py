@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -23,9 +24,10 @@ from gemma4_jax.training import trainer
 
 LENGTH = 1024
 _BATCH = 16   # documents, at most: their logits take 17 MB each
-_SCORES = ('delta', 'kl', 'same')
+SCORES = ('delta', 'kl', 'same')
+_KEPT = ('kl', 'right')   # of each document, in the JSON: numbers of a seed on one line
 HEADER = ['Δ', 'KL', 'same token']   # of `cells`
-CAPTION = ('Δ: nats per token above the same model left exact, mean over documents and its 95 % interval; KL from the exact '
+CAPTION = ('Δ: nats per token above the same model left exact, mean and 95 % interval over seeds and documents; KL from the exact '
            'model in nats per token; how often the likeliest token is the same.')
 
 
@@ -41,41 +43,61 @@ def logits(cfg, params, ids_BT) -> jax.Array:
 
 
 @jax.jit
-def differences(logits_BTV, exact_BTV, next_BT) -> jax.Array:
+def answers(logits_BTV, next_BT) -> jax.Array:
+  """float32 [2, B, T]: -log p(next) in nats, and whether the next token is the likeliest of all."""
+  log_p = jax.nn.log_softmax(logits_BTV)
+  return jnp.stack([_nll(log_p, next_BT), (log_p.argmax(-1) == next_BT).astype(jnp.float32)])
+
+
+@jax.jit
+def differences(logits_BTV, next_BT, exact_BTV) -> jax.Array:
   """float32 [3, B, T]: the difference of -log p(next) in nats, KL(exact || this) and whether the likeliest token is the same."""
   log_p, log_r = jax.nn.log_softmax(logits_BTV), jax.nn.log_softmax(exact_BTV)
-  nll = lambda x: -jnp.take_along_axis(x, next_BT[..., None], axis=-1)[..., 0]
-  return jnp.stack([nll(log_p) - nll(log_r), (jnp.exp(log_r) * (log_r - log_p)).sum(-1),
+  return jnp.stack([_nll(log_p, next_BT) - _nll(log_r, next_BT), (jnp.exp(log_r) * (log_r - log_p)).sum(-1),
                     (log_p.argmax(-1) == log_r.argmax(-1)).astype(jnp.float32)])
+
+
+def _nll(log_p_BTV, next_BT):
+  return -jnp.take_along_axis(log_p_BTV, next_BT[..., None], axis=-1)[..., 0]
 
 
 def by_document(found: Sequence[jax.Array]) -> dict[str, list[float]]:
   """{'delta', 'kl', 'same'}: means over the predicted tokens of each document, of `differences` batch by batch."""
   found = np.concatenate([np.asarray(part, np.float64)[..., :-1] for part in found], axis=1)   # nothing follows the last token
-  return {name: one.mean(-1).tolist() for name, one in zip(_SCORES, found, strict=True)}
+  return {name: one.mean(-1).tolist() for name, one in zip(SCORES, found, strict=True)}
 
 
-def train(name: str, seed: int, steps: int, workdir: pathlib.Path) -> pathlib.Path:
-  """The folder of a run; one that is done is left as it is."""
+def train(name: str, seed: int, steps: int, workdir: pathlib.Path, fields: Mapping = types.MappingProxyType({})) -> pathlib.Path:
+  """The folder of a run, `fields` of whose config are set; one that is done is left as it is."""
   config = base.get_config(name)
   config.update_from_flattened_dict({
       'seed': seed, 'model.head_dim': 64, 'model.global_head_dim': 128,   # rotations need some length to work on
       'model.embedding': 'ple' if name.startswith('e') else 'none', 'data.sequence_length': LENGTH, 'data.batch_size': 2,
-      'train.steps': steps, 'train.checkpoint_every': max(1, steps // 4), 'optimizer.warmup_steps': steps // 20})
+      'train.steps': steps, 'train.checkpoint_every': max(1, steps // 4), 'optimizer.warmup_steps': steps // 20, **fields})
   folder = workdir / f'{name}-s{seed}'
   if not (folder / 'DONE').exists():
     trainer.run(config, folder)
   return folder
 
 
+def read(folder: pathlib.Path, model: text.Model, most: int, length: int = LENGTH) -> np.ndarray:
+  """Validation documents [n, length] of a run's corpus, `most` of each domain."""
+  corpus = checkpoint_lib.run_corpus(folder, model.tokenizer).validation
+  found = documents_lib.from_corpus(corpus, most=most, min_tokens=length, max_tokens=length)
+  return np.stack([document.ids for document in found])
+
+
 def combine(seeds: Sequence[Sequence[Mapping]]) -> list[dict]:
-  """Rows with the mean over seeds and documents and its interval: over documents, of means over seeds."""
+  """Rows with the means over seeds and documents of what they list by document, and its interval (`statistics.crossed`)."""
   out = []
   for same in zip(*seeds, strict=True):
-    row = {key: value for key, value in same[0].items() if key not in _SCORES}
-    for key in _SCORES:
-      over = statistics.interval(np.mean([one[key] for one in same], axis=0))
-      row[key] = {'mean': over.mean, 'low': over.low, 'high': over.high, 'seeds': [float(np.mean(one[key])) for one in same]}
+    row = dict(same[0])
+    for key in [key for key, value in row.items() if isinstance(value, list)]:
+      values = [one[key] for one in same]
+      over = statistics.crossed(values)
+      row[key] = {'mean': over.mean, 'low': over.low, 'high': over.high, 'seeds': [float(np.mean(one)) for one in values]}
+      if key in _KEPT:
+        row[key]['documents'] = [' '.join(f'{x:.3g}' for x in one) for one in values]
     out.append(row)
   return out
 
@@ -88,7 +110,7 @@ def cells(row: Mapping) -> list[str]:
 
 
 def draw(results: Mapping[str, Mapping], plot: Callable, xlabel: str, path: pathlib.Path) -> pathlib.Path:
-  """A panel for each model: `plot(axis, rows)` over bits, KL upwards."""
+  """A panel for each model: `plot(axis, rows)`, KL upwards."""
   figure, (axes,) = figures.grid(6.5 * len(results), 4.8, len(results), sharey=True)
   for axis, (name, found) in zip(axes, results.items()):
     plot(axis, found['rows'])
@@ -98,21 +120,24 @@ def draw(results: Mapping[str, Mapping], plot: Callable, xlabel: str, path: path
 
 
 def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Callable[[str, Mapping], list[report.Table]],
-        picture: Callable[[Mapping, pathlib.Path], pathlib.Path], argv=None) -> None:
+        picture: Callable[[Mapping, pathlib.Path], pathlib.Path], argv=None, *, train: Callable[..., pathlib.Path] = train,
+        read: Callable[[pathlib.Path, text.Model, int], np.ndarray] = read, steps: int = 1200, models: str = 'e2b-toy,31b-toy') -> None:
   """The command `python -m experiments.turboquant.KIND`: trains, examines, writes KIND.json, KIND.md and KIND.png.
 
   Args:
-    examine: (model, documents [n, T], tick) -> {'rows': [{.., 'delta', 'kl', 'same': by document}], other things of a seed}.
+    examine: (model, documents [n, T], tick) -> {'rows': [{name: what is of the row, or a list by document}], other things of a seed}.
     tables: (name of the model, what the JSON has of it).
     picture: ({name: what the JSON has of it}, path).
+    train, read: as those above.
+    steps, models: defaults.
   """
   parser = argparse.ArgumentParser(f'python -m experiments.turboquant.{kind}', description=doc,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', type=pathlib.Path, required=True, help='folder of the trained toys')
-  parser.add_argument('--models', default='e2b-toy,31b-toy', help='of configs/base.py, with commas between (default: %(default)s)')
+  parser.add_argument('--models', default=models, help='of configs/base.py, with commas between (default: %(default)s)')
   parser.add_argument('--seeds', type=int, default=2)
-  parser.add_argument('--steps', type=int, default=1200, help='of training, 2048 tokens each (default: %(default)s)')
-  parser.add_argument('--documents', type=int, default=8, help='of code and of English each (default: %(default)s)')
+  parser.add_argument('--steps', type=int, default=steps, help='of training, 2048 tokens each (default: %(default)s)')
+  parser.add_argument('--documents', type=int, default=8, help='of each kind (default: %(default)s)')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent,
                       help='folder of the results; those it has of other models, of the same commit and settings, stay')
   args = parser.parse_args(argv)
@@ -130,17 +155,16 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
     for seed in range(args.seeds):
       folder = train(name, seed, args.steps, args.workdir)
       model = text.load(folder)
-      documents = documents_lib.from_corpus(checkpoint_lib.run_corpus(folder, model.tokenizer).validation, most=args.documents,
-                                            min_tokens=LENGTH, max_tokens=LENGTH)
+      documents = read(folder, model, args.documents)
       with rich.progress.Progress(console=rich.console.Console(stderr=True)) as progress:
         task = progress.add_task(f'{name}, seed {seed}', total=None)
-        found.append(examine(model, np.stack([document.ids for document in documents]), lambda: progress.advance(task)))
+        found.append(examine(model, documents, lambda: progress.advance(task)))
       made = json.loads((folder / 'env.json').read_text())
       trained.append({key: made[key] for key in ('commit', 'dirty')} | json.loads((folder / 'DONE').read_text())['metrics'])
     rest = {key: [one[key] for one in found] for key in found[0] if key != 'rows'}
     results[name] = {'trained': trained, 'rows': combine([one['rows'] for one in found])} | rest
   path = args.out / f'{kind}.json'
-  settings = {'steps': args.steps, 'seeds': args.seeds, 'documents': len(documents), 'length': LENGTH}
+  settings = {'steps': args.steps, 'seeds': args.seeds, 'documents': len(documents), 'length': documents.shape[1]}
   results = _others(path, head | settings) | results
   metrics.write_json(path, head | settings | {'models': results})
   shown = [table for name, found in results.items() for table in tables(name, found)]

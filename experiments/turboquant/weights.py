@@ -72,7 +72,7 @@ def examine(model: text.Model, ids: np.ndarray, tick=lambda: None) -> dict[str, 
   exact = [toys.logits(cfg, model.params, part) for part in batches]
   for group, format in plans(model.params):
     params, bits, error = decoded(model.params, group, format)
-    found = [toys.differences(toys.logits(cfg, params, part), truth, jnp.roll(part, -1, axis=1)) for part, truth in zip(batches, exact)]
+    found = [toys.differences(toys.logits(cfg, params, part), jnp.roll(part, -1, axis=1), truth) for part, truth in zip(batches, exact)]
     rows.append({'group': group, 'format': format, 'bits': bits, 'error': error} | toys.by_document(found))
     tick()
   return {'rows': rows}

@@ -81,3 +81,25 @@ def test_no_win_inside_the_interval(differences, lower_is_better):
     assert word == 'no difference shown'
   elif word != 'no difference shown':
     assert (word == 'better') == ((found.mean < 0) == lower_is_better)
+
+
+def test_an_interval_over_seeds_and_documents_is_that_of_the_one_that_varies():
+  t = statistics.interval([1.0, 2.0, 3.0])
+  for values in ([[1, 2, 3]], [[1], [2], [3]], [[1, 2, 3]] * 4, [[1] * 4, [2] * 4, [3] * 4]):
+    found = statistics.crossed(values)
+    assert (found.low, found.high) == pytest.approx((t.low, t.high))
+  assert statistics.crossed([[2.0]]).low is None and statistics.crossed([[2.0, 2.0]]).low == 2.0
+
+
+def test_an_interval_over_seeds_and_documents_covers_the_mean_of_both():
+  rng, trials = np.random.default_rng(0), 400
+  covered = 0
+  for _ in range(trials):
+    found = statistics.crossed(rng.normal(size=(3, 1)) + rng.normal(size=(1, 12)) + rng.normal(size=(3, 12)))
+    covered += found.low <= 0 <= found.high
+  assert 0.92 < covered / trials < 0.995    # 400 trials: 0.95 +- 0.02, and it is a little wide
+
+
+def test_wilsons_interval_is_that_of_the_tables():
+  assert statistics.wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+  assert statistics.wilson(1.0, 64) == pytest.approx((64 / (64 + 1.959964**2), 1.0), abs=1e-6)

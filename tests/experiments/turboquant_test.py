@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.turboquant import caches, toys, weights
+from experiments import statistics
+from experiments.turboquant import caches, contexts, recall, toys, weights
 from gemma4_jax import config
 from gemma4_jax.model import attention, quantized, transformer
 from gemma4_jax.sampling import text
@@ -29,7 +30,7 @@ def ids():
 
 def test_differences_are_of_loss_kl_and_the_likeliest_token():
   p, q, next_id = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.6, 0.1]), 1
-  delta, kl, same = toys.differences(jnp.log(q)[None, None], jnp.log(p)[None, None], jnp.array([[next_id]]))[:, 0, 0]
+  delta, kl, same = toys.differences(jnp.log(q)[None, None], jnp.array([[next_id]]), jnp.log(p)[None, None])[:, 0, 0]
   assert float(delta) == pytest.approx(np.log(0.2) - np.log(0.6), abs=1e-6)
   assert float(kl) == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6) and float(same) == 0
 
@@ -39,11 +40,14 @@ def test_a_document_counts_its_predicted_tokens_alone_and_batches_follow_each_ot
   assert found == {'delta': [2, 6], 'kl': [2, 6], 'same': [2, 6]}
 
 
-def test_the_interval_is_over_documents_of_means_over_seeds():
-  seed = lambda shift: [{'name': 'x', **{key: [1.0 + shift, 2 + shift, 3 + shift] for key in ('delta', 'kl', 'same')}}]
+def test_the_interval_is_over_seeds_and_documents():
+  seed = lambda shift: [{'name': 'x', 'kl': [1.0 + shift, 2 + shift, 3 + shift]}]
+  row, = toys.combine([seed(0)])
+  assert row['kl']['high'] - row['kl']['mean'] == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)    # Student's t of three documents
   row, = toys.combine([seed(0), seed(2)])
-  assert (row['name'], row['kl']['mean'], row['kl']['seeds']) == ('x', 3, [2, 4])
-  assert row['kl']['high'] - row['kl']['mean'] == pytest.approx(4.303 / np.sqrt(3), abs=1e-3)    # Student's t of three
+  assert (row['name'], row['kl']['mean'], row['kl']['seeds'], row['kl']['documents']) == ('x', 3, [2, 4], ['1 2 3', '3 4 5'])
+  crossed = statistics.crossed([[1, 2, 3], [3, 4, 5]])
+  assert (row['kl']['low'], row['kl']['high']) == (crossed.low, crossed.high)
 
 
 def test_results_of_other_models_stay_only_if_all_that_made_them_is_the_same(tmp_path):
@@ -100,3 +104,56 @@ def test_an_experiment_goes_through(model, ids, tmp_path, monkeypatch, experimen
   for table in experiment.tables('toy', results['toy']):
     assert table.rows and all(len(row) == len(table.header) for row in table.rows)
   assert experiment.draw(results, tmp_path / 'picture.png').stat().st_size > 1000
+
+
+@pytest.fixture(scope='module')
+def words():
+  rng = np.random.default_rng(0)
+  text = [tuple(rng.integers(200, 400, int(rng.integers(1, 4))).tolist()) for _ in range(900)]
+  return recall.Words({'train': text, 'validation': text[::-1]}, fill=[401, 402], keys=np.arange(10, 74), values=np.arange(80, 144), line=5,
+                      bos=2)
+
+
+@pytest.mark.parametrize('facts', recall.FACTS)
+def test_a_document_asks_at_its_end_what_it_told_two_windows_before(words, facts):
+  ids = recall.document(words, 'train', facts, np.random.default_rng(facts))
+  assert ids.shape == (recall.LENGTH,) and ids[0] == words.bos and (ids == words.bos).sum() == 1
+  asked, told = ids[-3 * facts:].reshape(facts, 3), ids[:-3 * facts]
+  at = np.flatnonzero(np.isin(told, words.keys))
+  facts_of = lambda keys, values: dict(zip(keys.tolist(), values.tolist()))
+  assert facts_of(told[at], told[at + 1]) == facts_of(asked[:, 1], asked[:, 2]) and len(at) == facts
+  assert (told[at - 1] == words.line).all() and (asked[:, 0] == words.line).all() and len(told) - (at[-1] + 2) >= recall.GAP
+  np.testing.assert_array_equal(ids[recall.answered(facts)], asked[:, 1])          # the key predicts the value
+  np.testing.assert_array_equal(ids[recall.answered(facts) + 1], asked[:, 2])
+
+
+def test_answers_are_counted_where_they_are_asked_and_nowhere_else():
+  nats = np.ones((2 * len(recall.FACTS), recall.LENGTH))
+  nats[2:4, recall.LENGTH - 2] = 5                       # the last answer of the two documents of four facts
+  first, second = np.split(np.stack([nats, nats == 1]), 2, axis=1)
+  one, four, *_ = recall.by_document([first, second])
+  assert one == {'nats': [1, 1], 'right': [1, 1]} and four == {'nats': [2, 2], 'right': [0.75, 0.75]}
+
+
+def test_the_likeliest_token_is_right_or_it_is_not():
+  nats, right = toys.answers(jnp.log(jnp.array([[[0.7, 0.3], [0.7, 0.3]]])), jnp.array([[0, 1]]))
+  np.testing.assert_allclose(nats, [[-np.log(0.7), -np.log(0.3)]], rtol=1e-6)
+  assert right.tolist() == [[1, 0]]
+
+
+@pytest.mark.slow
+def test_recall_and_contexts_go_through(model, ids, words, tmp_path, monkeypatch):
+  monkeypatch.setattr(recall, 'METHODS', ('turboquant2', 'int8'))
+  monkeypatch.setattr(caches, 'PRESETS', ('extreme,recent=1,sinks=0',))
+  monkeypatch.setattr(contexts, 'METHODS', {'turboquant2': 'k', 'int8': 'k'})
+  monkeypatch.setattr(contexts, 'PRESETS', {'extreme,recent=1,sinks=0': 'k'})
+  monkeypatch.setattr(contexts, 'EDGES', (0, 16, 32))
+  asked = np.stack([recall.document(words, 'train', facts, np.random.default_rng(0)) for facts in recall.FACTS])
+  for experiment, given, key in ((recall, asked, 'more'), (contexts, ids, 'kl')):
+    made = experiment.examine(model, given)
+    results = {'toy': {'rows': toys.combine([made['rows']])} | {name: [value] for name, value in made.items() if name != 'rows'}}
+    mean = lambda name: np.mean([abs(row[key]['mean']) for row in results['toy']['rows'] if row['name'] == name])
+    assert 0 < mean('int8') < mean('turboquant2')
+    for table in experiment.tables('toy', results['toy']):
+      assert table.rows and all(len(row) == len(table.header) for row in table.rows)
+    assert experiment.draw(results, tmp_path / 'picture.png').stat().st_size > 1000
