@@ -25,10 +25,9 @@ from gemma4_jax.sampling import text
 
 LENGTH = 8192
 EDGES = (0, 512, 1024, 2048, 4096, LENGTH)
-METHODS = {'turboquant2': '#56B4E9', 'turboquant3': '#0072B2', 'turboquant4': '#003B5C', 'turboquant6': '#999999', 'prod4': '#D55E00',
-           'int4': '#E69F00', 'q4_0': '#CC79A7'}     # and colours
-PRESETS = {'turboquant': '#666666', 'extreme': '#8B4513', 'quality,recent=1,sinks=0,exact_last=False': '#117733',
-           'turboquant,recent=1,sinks=0,exact_last=False': '#009E73', 'extreme,recent=1,sinks=0': '#882255'}
+METHODS = {'turboquant2': '#56B4E9', 'turboquant3': '#0072B2', 'turboquant4': '#003B5C', 'prod4': '#D55E00', 'int4': '#E69F00'}   # and colours
+PRESETS = {'quality,recent=1,sinks=0,exact_last=False': '#117733', 'turboquant,recent=1,sinks=0,exact_last=False': '#44AA77',
+           'extreme,recent=1,sinks=0': '#882255'}
 
 
 def read(folder: pathlib.Path, model: text.Model, most: int) -> np.ndarray:

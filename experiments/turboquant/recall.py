@@ -37,7 +37,8 @@ from gemma4_jax.model import quantized_cache
 from gemma4_jax.sampling import text
 
 LENGTH, FACTS, GAP = 256, (1, 4, 12, 24), 64     # tokens of a document; facts told in it; tokens between the last and the first question
-_BATCH, _VOCAB, _NAMES = 4, 1024, 64             # documents a step; entries of the tokenizer; keys, and values
+_BATCH, _VOCAB = 4, 1024                         # documents a step; entries of the tokenizer
+_KEYS, _VALUES = FACTS[-1], 8                    # there are; and values that each may have
 _LEARNING_RATE = 4e-3
 METHODS = ('turboquant2', 'turboquant3', 'turboquant4', 'turboquant6', 'prod2', 'prod3', 'prod4', 'polar4222', 'int2_minmax', 'int3_minmax',
            'int4_minmax', 'int4', 'int8', 'q4_0', 'kivi_values2')
@@ -75,13 +76,13 @@ def names() -> tuple[list[str], list[str]]:
   syllables = [a + b for a in 'bdfgklmnprstvz' for b in 'aeiou']
   had = {word for words in english().values() for word in words}
   free = [a + b for a in syllables for b in syllables if a + b not in had]
-  chosen = np.random.default_rng(0).choice(free, 2 * _NAMES, replace=False).tolist()
-  return chosen[:_NAMES], chosen[_NAMES:]
+  chosen = np.random.default_rng(0).choice(free, _KEYS * (1 + _VALUES), replace=False).tolist()
+  return chosen[:_KEYS], chosen[_KEYS:]
 
 
 def train_tokenizer() -> tokenizer_lib.Tokenizer:
   keys, values = names()
-  rng, told = np.random.default_rng(0), 40 * len(keys)**2     # each name often enough to become a token of its own
+  rng, told = np.random.default_rng(0), 1000 * len(values)    # each name often enough to become a token of its own
   lines = [f'{key} {value}' for key, value in zip(rng.choice(keys, told), rng.choice(values, told))]
   return tokenizer_lib.Tokenizer.train([' '.join(english()['train']), '\n'.join(lines)], _VOCAB)
 
@@ -99,15 +100,19 @@ def words(tokenizer: tokenizer_lib.Tokenizer) -> Words:
   single = lambda texts: np.concatenate(of(texts))
   found = Words({split: of([f' {word}' for word in all_of]) for split, all_of in english().items()}, [], single(keys),
                 single([f' {value}' for value in values]), int(single(['\n'])[0]), tokenizer.bos_id)
-  if len(found.keys) != _NAMES or len(found.values) != _NAMES or len(of(['\n'])[0]) != 1:
+  if len(found.keys) != len(keys) or len(found.values) != len(values) or len(of(['\n'])[0]) != 1:
     raise ValueError('the tokenizer cuts a key, a value or a line break in two')
   return found._replace(fill=sorted({one[0] for one in found.english['train'] if len(one) == 1}))
 
 
+def _told(made_of: Words, facts: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
+  keys, values = rng.permutation(_KEYS)[:facts], rng.integers(_VALUES, size=facts)
+  return [(made_of.line, int(made_of.keys[key]), int(made_of.values[_VALUES * key + value])) for key, value in zip(keys, values)]
+
+
 def document(made_of: Words, split: str, facts: int, rng: np.random.Generator) -> np.ndarray:
   """int32 [LENGTH], BOS included. The questions are its last 3 * facts tokens: line break, key, value."""
-  keys, values = rng.permutation(_NAMES)[:facts], rng.integers(_NAMES, size=facts)
-  lines = [[made_of.line, int(made_of.keys[key]), int(made_of.values[value])] for key, value in zip(keys, values)]
+  lines = _told(made_of, facts, rng)
   supply = made_of.english[split]
   at = int(rng.integers(len(supply)))
 
@@ -129,6 +134,16 @@ def document(made_of: Words, split: str, facts: int, rng: np.random.Generator) -
   ids += itertools.chain.from_iterable(take(end - len(ids)))
   ids += rng.choice(made_of.fill, end - len(ids)).tolist()
   return np.array([*ids, *itertools.chain.from_iterable(lines[i] for i in rng.permutation(facts))], np.int32)
+
+
+def drill(made_of: Words, rng: np.random.Generator) -> np.ndarray:
+  """int32 [LENGTH]: facts and nothing else, told and asked again and again, never within the window: those of one half, then the other's."""
+  lines = _told(made_of, FACTS[-1], rng)
+  halves, ids = np.split(np.arange(FACTS[-1]), 2), [made_of.bos]
+  while len(ids) < LENGTH:
+    for half in halves:
+      ids += itertools.chain.from_iterable(lines[i] for i in rng.permutation(half))
+  return np.array(ids[:LENGTH], np.int32)
 
 
 def answered(facts: int) -> np.ndarray:
