@@ -130,7 +130,8 @@ def examine(model: text.Model, ids: np.ndarray, tick=lambda: None) -> dict[str, 
   exact = [toys.logits(cfg, params, part) for part in batches]
 
   def measured(make, chunk):
-    found = toys.by_document([score(cfg, params, make(len(part)), part, chunk, toys.differences, truth) for part, truth in zip(batches, exact)])
+    found = toys.by_document([score(cfg, params, make(len(part)), part, chunk, toys.differences, truth)
+                              for part, truth in zip(batches, exact)])
     tick()
     return found
 

@@ -25,7 +25,8 @@ from gemma4_jax.sampling import text
 
 LENGTH = 8192
 EDGES = (0, 512, 1024, 2048, 4096, LENGTH)
-METHODS = {'turboquant2': '#56B4E9', 'turboquant3': '#0072B2', 'turboquant4': '#003B5C', 'prod4': '#D55E00', 'int4': '#E69F00'}   # and colours
+METHODS = {'turboquant2': '#56B4E9', 'turboquant3': '#0072B2', 'turboquant4': '#003B5C', 'prod4': '#D55E00',
+           'int4': '#E69F00'}   # and colours
 PRESETS = {'quality,recent=1,sinks=0,exact_last=False': '#117733', 'turboquant,recent=1,sinks=0,exact_last=False': '#44AA77',
            'extreme,recent=1,sinks=0': '#882255'}
 
@@ -67,10 +68,12 @@ def tables(name: str, results: Mapping) -> list[report.Table]:
     by_name.setdefault(row['name'], []).append(row)
   exact = by_name.pop('exact')
   spans = [f'{row["first"]}-{row["last"]}' for row in exact]
-  ranged = lambda one, digits: f'{one["mean"]:{digits}}' + ('' if one['low'] is None else f' [{one["low"]:{digits}}, {one["high"]:{digits}}]')
+  between = lambda one, digits: '' if one['low'] is None else f' [{one["low"]:{digits}}, {one["high"]:{digits}}]'
+  ranged = lambda one, digits: f'{one["mean"]:{digits}}' + between(one, digits)
   loss = ['exact: nats a token', *(f'{row["nats"]["mean"]:.2f}' for row in exact)]
   return [
-      report.Table(f'{name}: KL by position', ['', *spans], [[key, *(ranged(row['kl'], '.2g') for row in rows)] for key, rows in by_name.items()],
+      report.Table(f'{name}: KL by position', ['', *spans],
+                   [[key, *(ranged(row['kl'], '.2g') for row in rows)] for key, rows in by_name.items()],
                    'From the exact model in nats per token, mean and 95 % interval over seeds and texts.'),
       report.Table(f'{name}: loss by position', ['', *spans], [loss, *([key, *(ranged(row['delta'], '+.4f') for row in rows)]
                                                                      for key, rows in by_name.items())],

@@ -1,16 +1,17 @@
 r"""Does a model that finds in its context what it was told still find it in quantized keys and values?
 
-  python -m experiments.turboquant.recall --workdir=runs/recall [--models=e2b-toy,31b-toy] [--seeds=1] [--steps=2000] [--out=DIR]
+  python -m experiments.turboquant.recall --workdir=runs/recall [--models=e2b-toy,31b-toy] [--seeds=2] [--steps=1000] [--out=DIR]
 
-Trains a toy of each shape on documents of 512 tokens that this file writes: English of the standard library in which facts are told, lines
-of a key and a value, and asked again at the end in another order, two windows of local attention or more after the last was told:
+Trains a toy of each shape on documents of 256 tokens that this file writes: English of the standard library in which facts are told, lines
+of a key and a value, and asked again, always further back than the window of 8 tokens that local layers see:
 
   .. is raised if the argument
   bado kime
   is not a file or a directory ..
 
-One fact is a needle, 4, 16 and 64 are associative recall; keys and values are invented words, one token each, and put together by chance
-in every document. An answer is right if the value is the likeliest token of all. In new documents, whose English was not trained on:
+There are 4 keys, each with 16 values of its own; all are invented words, one token each. In new documents, of English that was not
+trained on, one fact (a needle) or four are told, and asked once, at the end, 64 tokens after the last was told or more. An answer is right
+if the value is the likeliest token of all; who knows which values a key may have, and no more, is right once in 16 times.
   methods   every layer's keys and values are quantized and decoded, in one pass: all tokens, also the newest
   presets   the caches that `kv=` names, fed 16 tokens at a time, with what they keep exact
 Everything is paired with the same model's exact numbers, document by document. A training that was killed goes on where it stopped.
@@ -36,12 +37,13 @@ from gemma4_jax.data import sources, tokenizer as tokenizer_lib
 from gemma4_jax.model import quantized_cache
 from gemma4_jax.sampling import text
 
-LENGTH, FACTS, GAP = 256, (1, 4, 12, 24), 64     # tokens of a document; facts told in it; tokens between the last and the first question
+LENGTH, FACTS, GAP = 256, (1, 4), 64             # tokens of a document; facts told in it; tokens between the last and the first question
+WINDOW = 8                                       # of local layers
 _BATCH, _VOCAB = 4, 1024                         # documents a step; entries of the tokenizer
-_KEYS, _VALUES = FACTS[-1], 8                    # there are; and values that each may have
-_LEARNING_RATE = 4e-3
-METHODS = ('turboquant2', 'turboquant3', 'turboquant4', 'turboquant6', 'prod2', 'prod3', 'prod4', 'polar4222', 'int2_minmax', 'int3_minmax',
-           'int4_minmax', 'int4', 'int8', 'q4_0', 'kivi_values2')
+_KEYS, _VALUES = FACTS[-1], 16                   # there are; and values that each may have
+_SCALE = 1 / 8                                   # of attention logits; with 1, as released, attention starts on single tokens by chance
+METHODS = ('turboquant2', 'turboquant3', 'turboquant4', 'turboquant6', 'prod2', 'prod3', 'prod4', 'int2_minmax', 'int3_minmax',
+           'int4_minmax', 'int4', 'q4_0', 'int8')
 
 
 class Words(NamedTuple):
@@ -98,7 +100,8 @@ def words(tokenizer: tokenizer_lib.Tokenizer) -> Words:
     return [ids[one] for one in texts]
 
   single = lambda texts: np.concatenate(of(texts))
-  found = Words({split: of([f' {word}' for word in all_of]) for split, all_of in english().items()}, [], single(keys),
+  found = Words({split: [one for one in of([f' {word}' for word in all_of]) if len(one) <= WINDOW] for split, all_of in english().items()},
+                [], single(keys),
                 single([f' {value}' for value in values]), int(single(['\n'])[0]), tokenizer.bos_id)
   if len(found.keys) != len(keys) or len(found.values) != len(values) or len(of(['\n'])[0]) != 1:
     raise ValueError('the tokenizer cuts a key, a value or a line break in two')
@@ -110,40 +113,51 @@ def _told(made_of: Words, facts: int, rng: np.random.Generator) -> list[tuple[in
   return [(made_of.line, int(made_of.keys[key]), int(made_of.values[_VALUES * key + value])) for key, value in zip(keys, values)]
 
 
-def document(made_of: Words, split: str, facts: int, rng: np.random.Generator) -> np.ndarray:
-  """int32 [LENGTH], BOS included. The questions are its last 3 * facts tokens: line break, key, value."""
-  lines = _told(made_of, facts, rng)
-  supply = made_of.english[split]
-  at = int(rng.integers(len(supply)))
+class _Supply:
+  """English from a random place on."""
 
-  def take(room: int) -> list[tuple[int, ...]]:
+  def __init__(self, words: Sequence[tuple[int, ...]], rng: np.random.Generator):
+    self._words = itertools.islice(itertools.cycle(words), int(rng.integers(len(words))), None)
+    self._after = next(self._words)
+
+  def next(self, room: int) -> list[tuple[int, ...]]:
     """The next words that fit into so many tokens."""
-    nonlocal at
     taken = []
-    while (room := room - len(supply[at % len(supply)])) >= 0:
-      taken.append(supply[at % len(supply)])
-      at += 1
+    while (room := room - len(self._after)) >= 0:
+      taken.append(self._after)
+      self._after = next(self._words)
     return taken
 
-  head = take(LENGTH - 1 - GAP - 7 * facts)      # of a fact: three tokens told, a line break after it, three tokens asked
+  def take(self, room: int) -> list[int]:
+    """Their tokens."""
+    return list(itertools.chain.from_iterable(self.next(room)))
+
+
+def document(made_of: Words, split: str, facts: int, rng: np.random.Generator) -> np.ndarray:
+  """int32 [LENGTH], BOS included, of `split`'s English. The questions are its last 3 * facts tokens: line break, key, value."""
+  lines = _told(made_of, facts, rng)
+  words = _Supply(made_of.english[split], rng)
+  head = words.next(LENGTH - 1 - GAP - 7 * facts)      # of a fact: three tokens told, a line break after it, three tokens asked
   told, ids = sorted(rng.integers(0, len(head) + 1, facts).tolist()), [made_of.bos]
   for place, word in enumerate([*head, None]):
     here = [line for line, where in zip(lines, told) if where == place]
     ids += [*itertools.chain.from_iterable(here), *([made_of.line] if here else []), *(word or ())]
   end = LENGTH - 3 * facts
-  ids += itertools.chain.from_iterable(take(end - len(ids)))
+  ids += words.take(end - len(ids))
   ids += rng.choice(made_of.fill, end - len(ids)).tolist()
   return np.array([*ids, *itertools.chain.from_iterable(lines[i] for i in rng.permutation(facts))], np.int32)
 
 
-def drill(made_of: Words, rng: np.random.Generator) -> np.ndarray:
-  """int32 [LENGTH]: facts and nothing else, told and asked again and again, never within the window: those of one half, then the other's."""
-  lines = _told(made_of, FACTS[-1], rng)
-  halves, ids = np.split(np.arange(FACTS[-1]), 2), [made_of.bos]
-  while len(ids) < LENGTH:
-    for half in halves:
-      ids += itertools.chain.from_iterable(lines[i] for i in rng.permutation(half))
-  return np.array(ids[:LENGTH], np.int32)
+def lesson(made_of: Words, facts: int, rng: np.random.Generator) -> np.ndarray:
+  """int32 [LENGTH]: as `document`, for training: asked again and again, with English of a window or more before every line."""
+  lines, words, ids = _told(made_of, facts, rng), _Supply(made_of.english['train'], rng), [made_of.bos]
+  most = rng.choice([2, 16])                      # windows between two lines
+  for i in itertools.chain.from_iterable(rng.permutation(facts) for _ in itertools.count()):
+    part = [*words.take(int(WINDOW * most**rng.random()) + WINDOW), *lines[i], made_of.line]     # a word of up to 8 tokens may be left out
+    if len(ids) + len(part) > LENGTH:
+      ids += words.take(LENGTH - len(ids))
+      return np.array([*ids, *rng.choice(made_of.fill, LENGTH - len(ids))], np.int32)
+    ids += part
 
 
 def answered(facts: int) -> np.ndarray:
@@ -160,7 +174,7 @@ def train(name: str, seed: int, steps: int, workdir: pathlib.Path) -> pathlib.Pa
     made_of, rng = words(tokenizer), np.random.default_rng([seed, 0])
     lines = []
     for i in range(round(1.05 * steps * _BATCH)):       # some are validation documents
-      ids = document(made_of, 'train', FACTS[i % len(FACTS)], rng)
+      ids = lesson(made_of, FACTS[i % len(FACTS)], rng)
       written = tokenizer.decode(ids[1:])
       if not np.array_equal(tokenizer.encode(written), ids[1:]):
         raise RuntimeError(f'document {i} is read as other tokens than it was written in')
@@ -169,8 +183,8 @@ def train(name: str, seed: int, steps: int, workdir: pathlib.Path) -> pathlib.Pa
     metrics.write_text(corpus, '\n'.join(lines) + '\n')
   return toys.train(name, seed, steps, workdir, {      # rows of a batch are documents, as all are of one length
       'data.source': 'jsonl', 'data.path': str(corpus), 'data.tokenizer': str(tokenizer_file), 'data.vocab_size': _VOCAB,
-      'model.vocab_size': _VOCAB, 'data.validation_fraction': 0.02, 'data.sequence_length': LENGTH, 'data.batch_size': _BATCH,
-      'optimizer.learning_rate': _LEARNING_RATE, 'optimizer.embedding_learning_rate': _LEARNING_RATE})
+      'model.vocab_size': _VOCAB, 'model.window': WINDOW, 'model.attention_scale': _SCALE, 'data.validation_fraction': 0.02,
+      'data.sequence_length': LENGTH, 'data.batch_size': _BATCH})
 
 
 def read(folder: pathlib.Path, model: text.Model, most: int) -> np.ndarray:
@@ -237,10 +251,11 @@ def tables(name: str, results: Mapping) -> list[report.Table]:
 def draw(results: Mapping[str, Mapping], path: pathlib.Path) -> pathlib.Path:
   """A panel for each model: right answers over bits, a colour for each number of facts."""
   figure, (axes,) = figures.grid(5.5 * len(results), 4.2, len(results), sharey=True)
+  kind = lambda row: next(start for start in ('turboquant', 'prod', '') if row['name'].startswith(start))
   for axis, (name, one) in zip(axes, results.items()):
-    for facts, colour in zip(FACTS, ('#009E73', '#0072B2', '#E69F00', '#D55E00')):
-      points = lambda mark: sorted((row['bits'], row['right']['mean']) for row in one['rows'] if row['kind'] == 'method'
-                                   and row['facts'] == facts and next(s for s in ('turboquant', 'prod', '') if row['name'].startswith(s)) == mark)
+    for facts, colour in zip(FACTS, ('#0072B2', '#D55E00')):
+      points = lambda mark: sorted((row['bits'], row['right']['mean']) for row in one['rows']
+                                   if row['kind'] == 'method' and row['facts'] == facts and kind(row) == mark)
       axis.plot(*zip(*points('turboquant')), 'o-', color=colour, markersize=4, linewidth=1, label=f'{facts} told')
       axis.plot(*zip(*points('prod')), 's--', color=colour, markersize=4, linewidth=0.7)
       axis.plot(*zip(*points('')), 'x', color=colour, markersize=5)
@@ -251,7 +266,7 @@ def draw(results: Mapping[str, Mapping], path: pathlib.Path) -> pathlib.Path:
 
 
 def main(argv=None) -> None:
-  toys.run('recall', __doc__, examine, tables, draw, argv, train=train, read=read, steps=2000)
+  toys.run('recall', __doc__, examine, tables, draw, argv, train=train, read=read, steps=1000)
 
 
 if __name__ == '__main__':

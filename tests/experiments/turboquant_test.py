@@ -110,12 +110,12 @@ def test_an_experiment_goes_through(model, ids, tmp_path, monkeypatch, experimen
 def words():
   rng = np.random.default_rng(0)
   text = [tuple(rng.integers(200, 400, int(rng.integers(1, 4))).tolist()) for _ in range(900)]
-  return recall.Words({'train': text, 'validation': text[::-1]}, fill=[401, 402], keys=np.arange(10, 74), values=np.arange(80, 144), line=5,
+  return recall.Words({'train': text, 'validation': text[::-1]}, fill=[401, 402], keys=np.arange(10, 14), values=np.arange(20, 84), line=5,
                       bos=2)
 
 
 @pytest.mark.parametrize('facts', recall.FACTS)
-def test_a_document_asks_at_its_end_what_it_told_two_windows_before(words, facts):
+def test_a_document_asks_at_its_end_what_it_told_well_before(words, facts):
   ids = recall.document(words, 'train', facts, np.random.default_rng(facts))
   assert ids.shape == (recall.LENGTH,) and ids[0] == words.bos and (ids == words.bos).sum() == 1
   asked, told = ids[-3 * facts:].reshape(facts, 3), ids[:-3 * facts]
@@ -127,11 +127,20 @@ def test_a_document_asks_at_its_end_what_it_told_two_windows_before(words, facts
   np.testing.assert_array_equal(ids[recall.answered(facts) + 1], asked[:, 2])
 
 
+def test_a_lesson_asks_what_it_told_and_never_within_the_window(words):
+  ids = recall.lesson(words, 4, np.random.default_rng(0))
+  at = np.flatnonzero(np.isin(ids, words.keys))
+  value_of = dict(zip(ids[at[:4]].tolist(), ids[at[:4] + 1].tolist()))
+  assert ids.shape == (recall.LENGTH,) and len(value_of) == 4 and len(at) > 4
+  assert [value_of[key] for key in ids[at].tolist()] == ids[at + 1].tolist()
+  assert (np.diff(at) > recall.WINDOW).all()
+
+
 def test_answers_are_counted_where_they_are_asked_and_nowhere_else():
   nats = np.ones((2 * len(recall.FACTS), recall.LENGTH))
   nats[2:4, recall.LENGTH - 2] = 5                       # the last answer of the two documents of four facts
   first, second = np.split(np.stack([nats, nats == 1]), 2, axis=1)
-  one, four, *_ = recall.by_document([first, second])
+  one, four = recall.by_document([first, second])
   assert one == {'nats': [1, 1], 'right': [1, 1]} and four == {'nats': [2, 2], 'right': [0.75, 0.75]}
 
 
