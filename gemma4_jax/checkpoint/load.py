@@ -97,6 +97,8 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
     raise ValueError(f'{path}: cannot be read ({error})') from error
   except ValueError as error:
     raise error if str(path) in str(error) else ValueError(f'{path}: {error}') from error
+  if config is None:   # what the weights were trained with may be another device's
+    found = dataclasses.replace(found, cfg=found.cfg.replace(attention_implementation='auto'))
   if found.skipped:
     logging.info('%s: %d weights of towers that this model does not have were skipped', path, len(found.skipped))
   return found

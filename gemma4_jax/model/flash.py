@@ -33,7 +33,7 @@ def choose(asked: str) -> str:
 
 def runs(asked: str, tokens: int) -> bool:
   """Whether a kernel takes so many tokens: `attend`."""
-  return choose(asked) != 'xla' and tokens >= LEAST
+  return tokens >= LEAST and choose(asked) != 'xla'
 
 
 def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array, window: int | None,

@@ -143,6 +143,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   _refuse_other_config(config, workdir)
   data = corpus.prepare(config.data)
   mesh = sharding.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    flash.choose(cfg.attention_implementation)
   shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   if config.data.batch_size % (config.optimizer.accumulate * shards):
     raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
@@ -216,10 +218,9 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
     batches.set_state(place['iterator'].encode())
     logging.info('%s: goes on from step %d', r.workdir, start)
   if lead:
-    with sharding.use(r.mesh):
-      ran = {'attention': flash.choose(cfg.attention_implementation)}
-    logging.info('%s: attention by %s', r.workdir, ran['attention'])
-    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh) | ran)
+    attention = flash.choose(cfg.attention_implementation)
+    logging.info('%s: attention by %s', r.workdir, attention)
+    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh) | {'attention': attention})
   writer = metrics.Writer(r.workdir, start, config) if lead else None
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,

@@ -57,6 +57,12 @@ def final_state(workdir, step):
     return jax.tree.leaves(manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))['state'])
 
 
+def test_a_kernel_that_the_device_has_not_is_refused_before_anything_is_written(corpus, tmp_path):
+  with pytest.raises(ValueError, match="model.attention_implementation: 'splash' needs a TPU"):
+    trainer.run(tiny(corpus, **{'model.attention_implementation': 'splash'}), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   done = trainer.run(tiny(corpus), tmp_path / 'run')
   found = rows(tmp_path / 'run')
@@ -67,7 +73,7 @@ def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   assert done['fingerprint'] == found[0]['fingerprint']
   assert {'params/total', 'flops_per_token', 'resident_bytes', 'tokens_per_s', 'peak_memory_bytes'} <= set(done['costs'])
   environment = json.loads((tmp_path / 'run' / 'env.json').read_text())
-  assert len(environment['corpus_hash']) == 64 and environment['versions']['jax'] == jax.__version__
+  assert environment['attention'] == 'xla' and len(environment['corpus_hash']) == 64 and environment['versions']['jax'] == jax.__version__
 
 
 @pytest.mark.slow
