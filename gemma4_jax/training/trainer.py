@@ -144,7 +144,7 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   data = corpus.prepare(config.data)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    flash.choose(cfg.attention_implementation)
+    flash.choose(cfg.attention_implementation)   # or raises, while nothing is written
   shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
   if config.data.batch_size % (config.optimizer.accumulate * shards):
     raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
