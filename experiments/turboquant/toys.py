@@ -164,10 +164,10 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
     rest = {key: [one[key] for one in found] for key in found[0] if key != 'rows'}
     results[name] = {'trained': trained, 'rows': combine([one['rows'] for one in found])} | rest
   path = args.out / f'{kind}.json'
-  settings = {'steps': args.steps, 'seeds': args.seeds, 'documents': len(documents), 'length': documents.shape[1]}
+  settings = {'steps': args.steps, 'documents': len(documents), 'length': documents.shape[1]}
   results = _others(path, head | settings) | results
   metrics.write_json(path, head | settings | {'models': results})
-  shown = [table for name, found in results.items() for table in tables(name, found)]
+  shown = [table for name, found in results.items() for table in tables(f'{name}, seeds: {len(found["trained"])}', found)]
   for table in shown:
     report.show(table, report.wide(rich.console.Console()))
   metrics.write_text(args.out / f'{kind}.md', '\n'.join(line for table in shown for line in report.section(table)) + '\n')
