@@ -20,8 +20,8 @@ def virtual_devices(count, flags=''):
   XLA sizes its pools of threads by NPROC, or the machine's cores: with two threads, devices that wait for each other in collectives
   may hold both, and the rest never comes ("Termination timeout for all reduce", now and then on a busy machine).
   """
-  return os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={count} {flags}', 'NPROC': '16', 'JAX_PLATFORMS': 'cpu',
-                       'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={count} {flags}'
+  return os.environ | {'XLA_FLAGS': flags, 'NPROC': '16', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(pathlib.Path(__file__).parents[1])}
 
 
 def only(kept, values):
