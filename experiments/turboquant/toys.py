@@ -139,7 +139,7 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
   parser.add_argument('--steps', type=int, default=steps, help='of training (default: %(default)s)')
   parser.add_argument('--documents', type=int, default=8, help='of each kind (default: %(default)s)')
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent,
-                      help='folder of the results; those it has of other models, of the same commit and settings, stay')
+                      help='folder of the results; those it has of other models, of the same commit and documents, stay')
   args = parser.parse_args(argv)
   names = args.models.split(',')
   toys = [name for name in base.models() if name.endswith('-toy')]
@@ -162,12 +162,12 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
       made = json.loads((folder / 'env.json').read_text())
       trained.append({key: made[key] for key in ('commit', 'dirty')} | json.loads((folder / 'DONE').read_text())['metrics'])
     rest = {key: [one[key] for one in found] for key in found[0] if key != 'rows'}
-    results[name] = {'trained': trained, 'rows': combine([one['rows'] for one in found])} | rest
+    results[name] = {'steps': args.steps, 'trained': trained, 'rows': combine([one['rows'] for one in found])} | rest
   path = args.out / f'{kind}.json'
-  settings = {'steps': args.steps, 'documents': len(documents), 'length': documents.shape[1]}
+  settings = {'documents': len(documents), 'length': documents.shape[1]}
   results = _others(path, head | settings) | results
   metrics.write_json(path, head | settings | {'models': results})
-  shown = [table for name, found in results.items() for table in tables(f'{name}, seeds: {len(found["trained"])}', found)]
+  shown = [table for name, found in results.items() for table in tables(f'{name}, {len(found["trained"])} x {found["steps"]} steps', found)]
   for table in shown:
     report.show(table, report.wide(rich.console.Console()))
   metrics.write_text(args.out / f'{kind}.md', '\n'.join(line for table in shown for line in report.section(table)) + '\n')
