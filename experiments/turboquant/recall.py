@@ -1,6 +1,6 @@
 r"""Does a model that finds in its context what it was told still find it in quantized keys and values?
 
-  python -m experiments.turboquant.recall --workdir=runs/recall [--models=e2b-toy,31b-toy] [--seeds=2] [--steps=1000] [--out=DIR]
+  python -m experiments.turboquant.recall --workdir=runs/recall [--models=e2b-toy,31b-toy] [--seeds=2] [--steps=2500] [--out=DIR]
 
 Trains a toy of each shape on documents of 256 tokens that this file writes: English of the standard library in which facts are told, lines
 of a key and a value, and asked again, always further back than the window of 8 tokens that local layers see:
@@ -266,7 +266,7 @@ def draw(results: Mapping[str, Mapping], path: pathlib.Path) -> pathlib.Path:
 
 
 def main(argv=None) -> None:
-  toys.run('recall', __doc__, examine, tables, draw, argv, train=train, read=read, steps=1000)
+  toys.run('recall', __doc__, examine, tables, draw, argv, train=train, read=read, steps=2500)
 
 
 if __name__ == '__main__':
