@@ -244,6 +244,7 @@ def test_numbers_of_a_run_are_counted():
 
 
 def test_a_checkpoint_brings_tokenizer_stop_ids_settings_and_template(tmp_path):
+  pytest.importorskip('jinja2')
   tiny.write(tmp_path / 'a', **{'chat_template.jinja': "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"})
   model = text.load(tmp_path / 'a')
   assert model.stop_ids == (1, 106) and model.sampling == Sampling(temperature=0.7, top_k=40, top_p=0.9)
