@@ -126,7 +126,7 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
 
   Args:
     examine: (model, documents [n, T], tick) -> {'rows': [{name: what is of the row, or a list by document}], other things of a seed}.
-    tables: (name of the model, what the JSON has of it).
+    tables: (title: the model, its seeds and steps; what the JSON has of it).
     picture: ({name: what the JSON has of it}, path).
     train, read: as those above.
     steps, models: defaults.
@@ -175,6 +175,6 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
 
 
 def _others(path: pathlib.Path, like: Mapping) -> dict:
-  """Results in a file that come of the same commit, packages and settings."""
+  """Results in a file that come of the same commit, packages and documents."""
   had = json.loads(path.read_text()) if path.exists() else {}
   return had['models'] if all(had.get(key) == value for key, value in like.items() if key != 'date') else {}

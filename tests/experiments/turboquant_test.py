@@ -51,7 +51,7 @@ def test_the_interval_is_over_seeds_and_documents():
 
 
 def test_results_of_other_models_stay_only_if_all_that_made_them_is_the_same(tmp_path):
-  like = {'commit': 'a', 'steps': 20, 'date': '2000-01-01'}
+  like = {'commit': 'a', 'documents': 8, 'date': '2000-01-01'}
   (tmp_path / 'x.json').write_text(json.dumps(like | {'models': {'e2b-toy': 1}}))
   assert toys._others(tmp_path / 'x.json', like | {'date': '2000-01-02'}) == {'e2b-toy': 1}
   assert toys._others(tmp_path / 'x.json', like | {'commit': 'b'}) == {} == toys._others(tmp_path / 'none.json', like)
