@@ -34,7 +34,7 @@ def nll_sum(x_RD: jax.Array, table_VD: jax.Array, target_R: jax.Array, weight_R:
 
 def _nll_sum_fwd(x_RD, table_VD, target_R, weight_R, cap, chunk):
   def body(carry, args):
-    total, dtable_VD = carry
+    total, dtable_DV = carry
     x_CD, target_C, weight_C = args
     logits_CV = _capped(_logits(x_CD, table_VD), cap)
     lse_C = jax.nn.logsumexp(logits_CV, axis=-1)
@@ -44,12 +44,12 @@ def _nll_sum_fwd(x_RD, table_VD, target_R, weight_R, cap, chunk):
     if cap:
       d_CV *= 1 - jnp.square(logits_CV / cap)
     d_CV = d_CV.astype(x_CD.dtype)
-    dtable_VD += jnp.einsum('CV,CD->VD', d_CV, x_CD, preferred_element_type=jnp.float32)
-    return (total, sharding.constrain(dtable_VD, 'vocab', 'embed')), d_CV @ table_VD.astype(x_CD.dtype)
+    dtable_DV += jnp.dot(jax.lax.optimization_barrier(x_CD.T), d_CV, preferred_element_type=jnp.float32)
+    return (total, sharding.constrain(dtable_DV, 'embed', 'vocab')), d_CV @ table_VD.astype(x_CD.dtype)
 
-  start = jnp.zeros(()), sharding.constrain(jnp.zeros(table_VD.shape, jnp.float32), 'vocab', 'embed')
-  (total, dtable_VD), dx = jax.lax.scan(body, start, _chunks(chunk, x_RD, target_R, weight_R))
-  return total, (_joined(dx, len(x_RD)), dtable_VD.astype(table_VD.dtype))
+  start = jnp.zeros(()), sharding.constrain(jnp.zeros(table_VD.shape[::-1], jnp.float32), 'embed', 'vocab')
+  (total, dtable_DV), dx = jax.lax.scan(body, start, _chunks(chunk, x_RD, target_R, weight_R))
+  return total, (_joined(dx, len(x_RD)), dtable_DV.T.astype(table_VD.dtype))
 
 
 def _nll_sum_bwd(cap, chunk, grads, g):
