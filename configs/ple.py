@@ -3,6 +3,9 @@ r"""Per-layer embeddings (PLE) against standard embeddings, with matched control
 Run:  python -m experiments.launch --config=configs/ple.py --workdir=runs/ple
 Time: about a quarter of an hour on two CPU cores, report included. Outcome: experiments/ple/README.md
 
+Every arm at that size, 45 runs:  python -m experiments.launch --config=configs/ple.py:arms --workdir=runs/ple_arms
+Time: about three times as long. Outcome: experiments/ple/arms/README.md
+
 The study, for a GPU: every arm at four sizes and three seeds, each arm at the learning rate that was best for it in a trial of
 equal size for all (another seed, a quarter of the steps):
   python -m experiments.launch --config=configs/ple.py:study-lr --workdir=runs/ple_lr
@@ -27,6 +30,7 @@ ARMS = {
         'table_only', 'projection_only', 'shared_table', 'frozen_table', 'permuted_table', 'ungated', 'value', 'bigram', 'stem')},
 }
 DEFAULT = ('none', 'ple', 'projection_only', 'none =params', 'none =flops')
+EVERY = tuple(arm for arm in ARMS if 'model.ple_dim' not in ARMS[arm])   # widths of PLE are the question of ple_dim.py
 
 # Name -> E2B's pattern at another width; PLE has 32 channels a layer where the arm does not say otherwise.
 SIZES = {f'width {width}': {
@@ -38,7 +42,7 @@ TRIAL = (5e-4, 1e-3, 2e-3, 4e-3)
 
 def get_config(arg='e2b-toy'):
   if not arg.startswith('study'):
-    return base.get_config(arg)
+    return base.get_config('e2b-toy' if arg == 'arms' else arg)
   c = base.get_config('e2b-toy')
   c.model.vocab_size = c.data.vocab_size = 8192
   c.data.update({'sequence_length': 512, 'batch_size': 64})
@@ -65,7 +69,7 @@ def sweep(add, arg='e2b-toy'):
                'optimizer.learning_rate': rate, 'optimizer.embedding_learning_rate': rate})
   else:
     for seed in range(3):
-      for arm in DEFAULT:
+      for arm in EVERY if arg == 'arms' else DEFAULT:
         add({**ARMS[arm], 'seed': seed, 'arm': arm})
 
 

@@ -32,6 +32,12 @@ def test_the_default_sweep_has_the_controls_and_three_seeds():
   assert len(matched) == 6 and all(abs(p.match['mismatch']) <= 0.01 for p in matched)
 
 
+def test_every_arm_has_a_sweep_at_toy_size():
+  points = expand('ple.py:arms')
+  assert {p.config['model']['embedding'] for p in points} == set(model_config.EMBEDDING_ARMS)
+  assert {(p.arm, p.seed) for p in expand('ple.py')} < {(p.arm, p.seed) for p in points}
+
+
 def test_full_size_models_have_the_same_sweep():
   assert {p.config['model']['embedding'] for p in expand('ple.py:e2b')} == {'none', 'ple', 'projection_only'}
 
