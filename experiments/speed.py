@@ -7,6 +7,7 @@ r"""Speed against the machine's limit and against a peer, as JSON.
   python -m experiments.speed load --size=e2b --dtype=bfloat16   # a process, from its start to the first token
   python -m experiments.speed kv --size=e2b --dtype=bfloat16 --kv=quality --contexts=1024,8192    # a step after a long context
   python -m experiments.speed scan --size=mini   # a token, blocks one by one and scanned: why decoding is not
+  python -m experiments.speed compile            # a training step of E2B's 35 layers at width 128, one by one and scanned
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
@@ -31,10 +32,14 @@ import time
 
 from configs import base
 from experiments import llama_cpp_peer, speed_kv, speed_sampling
-from gemma4_jax import hardware, kv_format, provenance, size
+from gemma4_jax import config as model_config, hardware, kv_format, provenance, size
 from gemma4_jax.config import WEIGHTS
 
 BATCH, LENGTH = 4, 512
+# E2B's layers, all of them, at a width whose numbers cost nothing: what `compile` compiles.
+NARROW = model_config.E2B.replace(
+    width=128, vocab_size=4096, mlp_dim=512, num_heads=4, head_dim=32, global_head_dim=64, window=128, ple_dim=16, context_length=LENGTH,
+    remat='full')
 
 
 def _ours(name: str, steps: int, scan: bool) -> dict:
@@ -49,9 +54,7 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
   tx = optimizer.make(c.optimizer, c.train.steps)
   params = transformer.init(cfg, 0)
   state = trainer.State(jnp.zeros((), jnp.int32), params, jax.jit(tx.init)(params))
-  ids = _ids(cfg)
-  batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': jnp.tile(jnp.arange(LENGTH, dtype=jnp.int32), (BATCH, 1)),
-           'segments': jnp.ones((BATCH, LENGTH), jnp.int32), 'weights': jnp.ones((BATCH, LENGTH), jnp.float32)}
+  batch = _batch(cfg)
   step = jax.jit(trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk), donate_argnums=0)
   begin = time.perf_counter()
   step = step.lower(state, batch).compile(compilation.train_options())
@@ -64,6 +67,34 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
       'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind, 'compile_seconds': compile_seconds,
       'peak_memory_bytes': hardware.peak_memory_bytes(),
       'path': f'{"scanned" if scan else "one layer after another"}, attention {flash.choose(cfg.attention_implementation)}'}
+
+
+def _compile(scan: bool) -> dict:
+  """Seconds in which a training step of `NARROW` is traced and compiled, nothing kept from before."""
+  import jax
+
+  from gemma4_jax import compilation, sharding
+  from gemma4_jax.training import optimizer, trainer
+  c, cfg = base.get_config('e2b-toy'), NARROW.replace(scan=scan)
+  tx = optimizer.make(c.optimizer, c.train.steps)
+  state, batch = trainer.abstract_state(cfg, tx, sharding.make_mesh({})), _batch(cfg)
+  step = jax.jit(trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk), donate_argnums=0)
+  begin = time.perf_counter()
+  lowered = step.lower(state, batch)
+  traced = time.perf_counter()
+  lowered.compile(compilation.train_options())
+  return {'trace_seconds': traced - begin, 'compile_seconds': time.perf_counter() - traced}
+
+
+def _compiles(rounds: int) -> dict:
+  found = {name: [] for name in ('one_by_one', 'scanned')}
+  for _ in range(rounds):
+    for name, times in found.items():
+      times.append(_alone(_compile, name == 'scanned'))
+  ratio = lambda key: statistics.median(b[key] / a[key] for a, b in zip(found['one_by_one'], found['scanned'], strict=True))
+  return {'what': 'compile', 'layers': NARROW.num_layers, 'width': NARROW.width, 'remat': NARROW.remat, 'environment': hardware.environment(),
+          **_alone(provenance.result), 'scanned_to_one_by_one': {key: ratio(key) for key in ('trace_seconds', 'compile_seconds')},
+          'rounds': found}
 
 
 def _hf(name: str, steps: int, scan: bool) -> dict:
@@ -103,6 +134,13 @@ def _hf(name: str, steps: int, scan: bool) -> dict:
   return _measure(run, peak, steps, cfg) | {
       'library': f'torch {torch.__version__}, transformers {transformers.__version__}', 'device': device, 'compile_seconds': 0.0,
       'peak_memory_bytes': memory(), 'path': model.config._attn_implementation}
+
+
+def _batch(cfg) -> dict:
+  import numpy as np
+  ids = _ids(cfg)
+  return {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': np.tile(np.arange(LENGTH, dtype=np.int32), (BATCH, 1)),
+          'segments': np.ones((BATCH, LENGTH), np.int32), 'weights': np.ones((BATCH, LENGTH), np.float32)}
 
 
 def _ids(cfg):
@@ -146,7 +184,7 @@ def _alone(function, *args) -> dict:
 
 def main(argv=None) -> None:
   parser = argparse.ArgumentParser('python -m experiments.speed', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load', 'kv', 'scan'])
+  parser.add_argument('what', choices=['train', 'decode', 'prefill', 'load', 'kv', 'scan', 'compile'])
   parser.add_argument('--size', default='mini', choices=list(base.models()), metavar='MODEL', help='a model of configs/base.py')
   parser.add_argument('--peer', choices=['hf', 'llama_cpp'], help='measure transformers or llama.cpp beside us')
   parser.add_argument('--convert', default='', metavar='FILE', help="--peer=llama_cpp: llama.cpp's convert_hf_to_gguf.py")
@@ -163,7 +201,7 @@ def main(argv=None) -> None:
   args = parser.parse_args(argv)
   if min(args.steps, args.rounds) < 1:
     parser.error('--steps and --rounds are at least 1')
-  if args.peer and (args.what in ('load', 'scan') or (args.what, args.peer) == ('train', 'llama_cpp')):
+  if args.peer and (args.what in ('load', 'scan', 'compile') or (args.what, args.peer) == ('train', 'llama_cpp')):
     parser.error(f'--peer={args.peer}: does not {args.what} here')
   os.environ.update(hardware.cpu_environment())   # of the processes to come: ours and the peer's
   if args.what == 'kv':
@@ -173,6 +211,9 @@ def main(argv=None) -> None:
     except ValueError as error:
       parser.error(str(error))
     print(json.dumps(_kv(args, contexts), indent=2))
+    return
+  if args.what == 'compile':
+    print(json.dumps(_compiles(args.rounds), indent=2))
     return
   if args.what == 'scan':
     rounds = [_alone(speed_sampling.scanned, args.size, args.dtype, args.steps) for _ in range(args.rounds)]

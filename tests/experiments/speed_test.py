@@ -8,6 +8,7 @@ import pytest
 
 from configs import base
 from experiments import llama_cpp_peer, speed, speed_sampling
+from gemma4_jax import config as model_config
 from gemma4_jax.checkpoint import load
 from tests import tiny
 
@@ -57,6 +58,18 @@ def test_llama_cpp_gives_the_logits_of_the_same_weights(name, over_tokens):
   found = llama_cpp_peer.compare(name, CONVERT, 96)
   assert found['tokens'] > found['window']
   assert np.isfinite(found['largest_logit']) and found['float16_gelu'][over_tokens] < 0.02   # beside values of up to 5
+
+
+def test_what_is_compiled_has_all_layers_of_e2b():
+  alike = lambda cfg: [(spec.window is None, spec.kv_from, spec.mlp_dim // cfg.mlp_dim, spec.inject) for spec in cfg.layers]
+  assert alike(speed.NARROW) == alike(model_config.E2B)
+
+
+@pytest.mark.slow
+def test_a_compile_is_timed_both_ways(monkeypatch):
+  monkeypatch.setattr(speed, 'NARROW', model_config.shrink(model_config.E2B, periods=2, remat='full'))
+  scanned, plain = speed._compile(True), speed._compile(False)
+  assert 0 < scanned['trace_seconds'] < plain['trace_seconds'] and scanned['compile_seconds'] > 0
 
 
 @pytest.mark.slow
