@@ -92,8 +92,9 @@ def _compiles(rounds: int) -> dict:
     for name, times in found.items():
       times.append(_alone(_compile, name == 'scanned'))
   ratio = lambda key: statistics.median(b[key] / a[key] for a, b in zip(found['one_by_one'], found['scanned'], strict=True))
-  return {'what': 'compile', 'layers': NARROW.num_layers, 'width': NARROW.width, 'remat': NARROW.remat, 'environment': hardware.environment(),
-          **_alone(provenance.result), 'scanned_to_one_by_one': {key: ratio(key) for key in ('trace_seconds', 'compile_seconds')},
+  return {'what': 'compile', 'layers': NARROW.num_layers, 'width': NARROW.width, 'remat': NARROW.remat,
+          'environment': hardware.environment(), **_alone(provenance.result),
+          'scanned_to_one_by_one': {key: ratio(key) for key in ('trace_seconds', 'compile_seconds')},
           'rounds': found}
 
 
