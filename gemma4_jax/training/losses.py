@@ -44,6 +44,7 @@ def _nll_sum_fwd(x_RD, table_VD, target_R, weight_R, cap, chunk):
     if cap:
       d_CV *= 1 - jnp.square(logits_CV / cap)
     d_CV = d_CV.astype(x_CD.dtype)
+    # transposed for good, or XLA folds that into the matmul, and its fast library for CPUs takes no transposed left side
     dtable_DV += jnp.dot(jax.lax.optimization_barrier(x_CD.T), d_CV, preferred_element_type=jnp.float32)
     return (total, sharding.constrain(dtable_DV, 'embed', 'vocab')), d_CV @ table_VD.astype(x_CD.dtype)
 
