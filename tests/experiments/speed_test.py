@@ -67,9 +67,14 @@ def test_what_is_compiled_has_all_layers_of_e2b():
 
 @pytest.mark.slow
 def test_a_compile_is_timed_both_ways(monkeypatch):
+  scans, compiles = [], speed._compile
   monkeypatch.setattr(speed, 'NARROW', model_config.shrink(model_config.E2B, periods=2, remat='full'))
-  scanned, plain = speed._compile(True), speed._compile(False)
-  assert 0 < scanned['trace_seconds'] < plain['trace_seconds'] and scanned['compile_seconds'] > 0
+  monkeypatch.setattr(speed, '_compile', lambda scan: scans.append(scan) or compiles(scan))
+  monkeypatch.setattr(speed, '_alone', lambda function, *args: function(*args))
+  found = speed._compiles(1)
+  plain, scanned = (found['rounds'][name][0] for name in ('one_by_one', 'scanned'))
+  assert scans == [False, True] and min(*plain.values(), *scanned.values()) > 0
+  assert found['scanned_to_one_by_one'] == {key: scanned[key] / plain[key] for key in plain}
 
 
 @pytest.mark.slow
