@@ -110,6 +110,7 @@ def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None
     try:
       if run is None:
         from gemma4_jax.training import trainer  # imports jax, which reads the environment
+        hardware.keep_memory()
         run = runner(point).run
         logging.set_verbosity(logging.INFO)
         trainer.quiet_orbax()

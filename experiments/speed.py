@@ -49,6 +49,7 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
   from gemma4_jax import compilation
   from gemma4_jax.model import flash, transformer
   from gemma4_jax.training import optimizer, trainer
+  hardware.keep_memory()
   c = base.get_config(name)
   cfg = base.models()[name].replace(scan=scan)
   tx = optimizer.make(c.optimizer, c.train.steps)
@@ -106,6 +107,7 @@ def _hf(name: str, steps: int, scan: bool) -> dict:
   except ImportError as error:
     sys.exit(f"error: --peer=hf: {error}: pip install 'gemma4_jax[peer]'")
   from gemma4_jax.checkpoint import hf
+  hardware.keep_memory()
   cfg = base.models()[name]
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
   fields = {**hf.config_to_hf(cfg), 'attn_implementation': 'sdpa'}

@@ -3,6 +3,7 @@
 JAX is imported where it is used: a process that only starts others asks what environment to give them.
 """
 
+import ctypes
 import functools
 import glob
 import os
@@ -17,6 +18,8 @@ _PEAK_BF16 = {
     'TPU v4': 275e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5p': 459e12, 'TPU v5': 459e12,
     'TPU v6 lite': 918e12, 'TPU v6e': 918e12,
 }
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4   # of glibc's malloc.h
 
 
 def has_accelerator() -> bool:
@@ -39,13 +42,30 @@ def cores() -> int:
 def cpu_environment() -> dict[str, str]:
   """Environment variables that make a process faster on a CPU if they are there before it starts; the user's own stay.
 
-  glibc's huge pages, as a training step writes hundreds of MB of temporaries and a step of decoding reads all weights. An array
-  under 32 MiB has them if it is of the heap, and that grows by many pages at once.
+  glibc's huge pages, as a step of decoding reads all weights and a program writes hundreds of MB of temporaries. An array under
+  32 MiB has them if it is of the heap, and that grows by many pages at once. What is freed a process keeps by `keep_memory`.
   """
   if has_accelerator() or not sys.platform.startswith('linux') or 'GLIBC_TUNABLES' in os.environ:
     return {}
   settings = {'hugetlb': 1, 'mmap_threshold': 32 << 20, 'top_pad': 64 << 20}
   return {'GLIBC_TUNABLES': ':'.join(f'glibc.malloc.{name}={value}' for name, value in settings.items())}
+
+
+def keep_memory() -> None:
+  """Lets this process keep the memory that it frees, on a CPU under Linux's glibc; to be called before JAX is first used.
+
+  A training step writes gigabytes of temporaries. Arrays so large glibc asks of the system and gives back each time, and the system
+  fills them with zeros: a fifth of a step. It keeps those of the main thread alone, so programs then run on the thread that calls them.
+  """
+  if has_accelerator() or not sys.platform.startswith('linux'):
+    return
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, 'mallopt'):   # no glibc
+    return
+  import jax
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  libc.mallopt(_M_MMAP_MAX, 0)
+  libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def platform() -> str:

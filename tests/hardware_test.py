@@ -1,5 +1,6 @@
 """What a launcher asks about the machine."""
 
+import ctypes
 import os
 from pathlib import Path
 import subprocess
@@ -36,6 +37,18 @@ def test_arrays_of_a_megabyte_then_have_them(linux):
   environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', **hardware.cpu_environment()}
   done = subprocess.run([sys.executable, '-c', code], env=environment, text=True, capture_output=True, check=True)
   assert int(done.stdout) > 56 * 1024   # KiB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='no glibc')
+def test_a_program_run_again_gets_the_memory_of_its_temporaries_back(linux):
+  code = ('import resource, sys, gemma4_jax.hardware as hardware; hardware.keep_memory() if sys.argv[1:] else None;'
+          'import jax, jax.numpy as jnp; f = jax.jit(lambda x: jnp.cumsum(2 * x)[-1]); x = jnp.ones(1 << 24);'   # two arrays of 64 MiB
+          'faults = lambda: (f(x).block_until_ready(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt)[1];'
+          'counts = [faults() for _ in range(10)]; print(counts[-1] - counts[-2])')
+  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  faults = [int(subprocess.run([sys.executable, '-c', code, *args], env=environment, text=True, capture_output=True, check=True).stdout)
+            for args in ([], ['keep'])]
+  assert faults[0] > 10_000 > 1000 > faults[1]
 
 
 def test_accelerators_other_systems_and_users_with_tunables_of_their_own_get_nothing(linux):

@@ -3,8 +3,6 @@
   python -m gemma4_jax.cli.train --config=configs/base.py:e2b-toy --workdir=runs/one --config.train.steps=500
 
 A second call on the same workdir goes on from its last checkpoint. For several arms and seeds: python -m experiments.launch.
-On a CPU under Linux, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command saves a step most of its page faults
-(experiments.launch sets this and more for its runs: `hardware.cpu_environment`).
 """
 
 from pathlib import Path
@@ -30,8 +28,9 @@ def main(argv):
       _fail(f'--{name} is missing; see --help')
   import jax  # late: it need not load for --help
 
-  from gemma4_jax import match
+  from gemma4_jax import hardware, match
   from gemma4_jax.training import trainer
+  hardware.keep_memory()
   logging.set_verbosity(logging.INFO)
   trainer.quiet_orbax()
   try:
