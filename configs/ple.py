@@ -38,11 +38,16 @@ SIZES = {f'width {width}': {
     'model.ple_dim': 32, 'model.window': 128, 'model.num_layers': 20, 'model.num_kv_shared_layers': 10,
     'train.steps': steps} for width, steps in ((128, 5000), (256, 10_000), (384, 15_000), (640, 20_000))}
 TRIAL = (5e-4, 1e-3, 2e-3, 4e-3)
+PRESETS = ('arms', 'study', 'study-lr')
 
 
 def get_config(arg='e2b-toy'):
-  if not arg.startswith('study'):
-    return base.get_config('e2b-toy' if arg == 'arms' else arg)
+  if not arg.startswith('study@') and arg not in PRESETS:
+    if arg not in base.models():
+      raise ValueError(f'no preset or model {arg!r}; presets {", ".join(PRESETS)}, models {", ".join(base.models())}')
+    return base.get_config(arg)
+  if arg == 'arms':
+    return base.get_config('e2b-toy')
   c = base.get_config('e2b-toy')
   c.model.vocab_size = c.data.vocab_size = 8192
   c.data.update({'sequence_length': 512, 'batch_size': 64})

@@ -178,7 +178,9 @@ def answer(message: dict) -> str:
 
 
 def guard(function: Callable[[], None]) -> None:
-  """Runs it; the user's errors end the program with one line."""
+  """Runs it; the user's errors end the program with one line. A letter that the terminal has not is written as its code."""
+  if hasattr(sys.stdout, 'reconfigure'):
+    sys.stdout.reconfigure(errors='backslashreplace')
   try:
     function()
   except (ValueError, ImportError, OSError) as error:

@@ -185,6 +185,13 @@ def test_memory_that_runs_out_is_one_line(told):
   assert '\n' not in stop.value.code
 
 
+def test_a_letter_that_the_terminal_has_not_is_written_as_its_code(monkeypatch):
+  written = io.BytesIO()
+  monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(written, 'ascii'))
+  sample.guard(lambda: print('caf\u00e9', flush=True))
+  assert written.getvalue().strip() == rb'caf\xe9'
+
+
 @pytest.mark.slow
 def test_as_a_command_it_keeps_compiled_programs_where_it_is_told(checkpoint, tmp_path):
   environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}

@@ -38,6 +38,12 @@ def test_every_arm_has_a_sweep_at_toy_size():
   assert {(p.arm, p.seed) for p in expand('ple.py')} < {(p.arm, p.seed) for p in points}
 
 
+@pytest.mark.parametrize('arg', ['armz', 'study-rl', 'e3b'])
+def test_a_mistyped_preset_answers_with_those_there_are(arg):
+  with pytest.raises(ValueError, match=f"no preset or model '{arg}'; presets arms, study, study-lr, models e2b, "):
+    expand(f'ple.py:{arg}')
+
+
 def test_full_size_models_have_the_same_sweep():
   assert {p.config['model']['embedding'] for p in expand('ple.py:e2b')} == {'none', 'ple', 'projection_only'}
 
