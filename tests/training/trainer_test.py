@@ -237,8 +237,10 @@ def test_a_damaged_checkpoint_is_one_error_that_names_the_way_back(corpus, tmp_p
 PROCESS = '''
 import json, pathlib, sys
 import jax, ml_collections
+from gemma4_jax import hardware
 from gemma4_jax.training import trainer
 port, count, index, config, workdir = sys.argv[1:]
+hardware.keep_memory()   # as the command does
 jax.distributed.initialize(f'localhost:{port}', int(count), int(index))
 trainer.run(ml_collections.ConfigDict(json.loads(config)), pathlib.Path(workdir))
 '''
