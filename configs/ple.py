@@ -44,7 +44,7 @@ PRESETS = ('arms', 'study', 'study-lr')
 def get_config(arg='e2b-toy'):
   if not arg.startswith('study@') and arg not in PRESETS:
     if arg not in base.models():
-      raise ValueError(f'no preset or model {arg!r}; presets {", ".join(PRESETS)}, models {", ".join(base.models())}')
+      raise ValueError(f'no model {arg!r}, and no such preset; presets {", ".join(PRESETS)}, models {", ".join(base.models())}')
     return base.get_config(arg)
   if arg == 'arms':
     return base.get_config('e2b-toy')

@@ -40,6 +40,7 @@ def test_arrays_of_a_megabyte_then_have_them(linux):
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='no glibc')
+@pytest.mark.skipif(PAGES.exists() and '[always]' in PAGES.read_text(), reason='huge pages for all: faults are few in any case')
 def test_a_program_run_again_gets_the_memory_of_its_temporaries_back(linux):
   code = ('import resource, sys, gemma4_jax.hardware as hardware; hardware.keep_memory() if sys.argv[1:] else None;'
           'import jax, jax.numpy as jnp; f = jax.jit(lambda x: jnp.cumsum(2 * x)[-1]); x = jnp.ones(1 << 24);'   # two arrays of 64 MiB

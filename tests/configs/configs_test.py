@@ -40,7 +40,7 @@ def test_every_arm_has_a_sweep_at_toy_size():
 
 @pytest.mark.parametrize('arg', ['armz', 'study-rl', 'e3b'])
 def test_a_mistyped_preset_answers_with_those_there_are(arg):
-  with pytest.raises(ValueError, match=f"no preset or model '{arg}'; presets arms, study, study-lr, models e2b, "):
+  with pytest.raises(ValueError, match=f"no model '{arg}', and no such preset; presets arms, study, study-lr, models e2b, "):
     expand(f'ple.py:{arg}')
 
 
