@@ -42,12 +42,10 @@ PRESETS = ('arms', 'study', 'study-lr')
 
 
 def get_config(arg='e2b-toy'):
-  if not arg.startswith('study@') and arg not in PRESETS:
-    if arg not in base.models():
-      raise ValueError(f'no model {arg!r}, and no such preset; presets {", ".join(PRESETS)}, models {", ".join(base.models())}')
-    return base.get_config(arg)
-  if arg == 'arms':
-    return base.get_config('e2b-toy')
+  if arg == 'arms' or arg in base.models():
+    return base.get_config('e2b-toy' if arg == 'arms' else arg)
+  if arg not in PRESETS and not arg.startswith('study@'):
+    raise ValueError(f'no model {arg!r}, and no such preset; presets {", ".join(PRESETS)}, models {", ".join(base.models())}')
   c = base.get_config('e2b-toy')
   c.model.vocab_size = c.data.vocab_size = 8192
   c.data.update({'sequence_length': 512, 'batch_size': 64})
