@@ -5,7 +5,8 @@
 
 A token is encoded when it is appended, so of a prompt no more than the tokens of one call exist unquantized. Those see each other, the
 sinks and the recent window exactly, and what is older as codes: softmax over the two is merged by log-sum-exp. So logits of a long
-prompt depend a little on how it is cut into calls, and those of tokens that come one by one on `recent` alone.
+prompt depend a little on how it is cut into calls, and those of tokens that come one by one on `recent` alone. Where `flash` runs it
+takes the parts of a prompt's chunk too, what is exact as it is and the codes decoded, some slots at a time.
 
 Codes are of rotated keys and values: a query is rotated once and an output turned back once, not every token of the cache. Where the
 values are a projection of their own, `fold` has their rotation in the weights.
@@ -20,9 +21,11 @@ import jax.numpy as jnp
 from gemma4_jax import kv_format, sharding
 from gemma4_jax.config import VALUE, ModelConfig
 from gemma4_jax.kv_format import KVFormat, LayerKV
-from gemma4_jax.model import attention, kv_cache
+from gemma4_jax.model import attention, flash, kv_cache
 from gemma4_jax.turboquant import ops, rotation
 from gemma4_jax.turboquant.quantizer import Quantizer
+
+_DECODED = 4096   # slots that are decoded at once for a kernel of `flash`
 
 
 def make(cfg: ModelConfig, batch: int, capacity: int, kv: kv_format.KV = 'exact', dtype=None) -> kv_cache.Cache:
@@ -88,12 +91,15 @@ class Codes:
                                       kv_cache.write(old.scale_BKNS, new.scale_BKNS, slot_BT, keep_BT, axis=3))
     return self.replace(stored=tuple(map(put, self.stored, new)))
 
-  def attend(self, q_BTNH, start_B, end_B, scale, key_scale_H) -> ops.Partial:
-    """Of slots start <= s < end, for queries in the order of `attention.scores`; the output is turned back."""
+  def attend(self, q_BTNH, start_B, end_B, scale, key_scale_H, asked: str = 'xla') -> ops.Partial:
+    """Of slots start <= s < end, for queries in the order of `attention.scores`; the output is turned back. Several tokens are
+    taken by what is `asked` of `flash`, where it runs."""
+    T = q_BTNH.shape[1]
     q_BKRD = self._rotated_queries(q_BTNH, scale, key_scale_H)
-    # several tokens share what is decoded of a slot, which kernels for one token would do again for each few of them
-    kernel = (self.kv.kernel or None) if q_BTNH.shape[1] == 1 else 'xla'
-    attend = functools.partial(ops.attend, self.parts, implementation=kernel)
+    if flash.runs(asked, T):
+      attend = functools.partial(_attend_decoded, self.parts, tokens=T, asked=asked)
+    else:   # several tokens share what is decoded of a slot, which kernels for one token would do again for each few of them
+      attend = functools.partial(ops.attend, self.parts, implementation=(self.kv.kernel or None) if T == 1 else 'xla')
     partial = sharding.by_rows(attend, self.stored, q_BKRD, start_B, end_B)
     return partial._replace(o_BKGD=self._turn_back(partial.o_BKGD))
 
@@ -123,9 +129,7 @@ class Codes:
       q = jnp.concatenate([_by_block(first.rotate, still, self.layer.k_dim), second.rotate(_turning(q, self.layer))], axis=-1)
     else:
       q = first.rotate(q)
-    B, T, N, D = q.shape
-    K = self.layer.spec.num_kv_heads
-    return q.astype(q_BTNH.dtype).reshape(B, T, K, N // K, D).swapaxes(1, 2).reshape(B, K, -1, D)
+    return _by_kv_head(q.astype(q_BTNH.dtype), self.layer.spec.num_kv_heads)
 
 
 @struct.dataclass
@@ -171,12 +175,18 @@ class _Seen:
   key_scale_H: jax.Array | None
 
   def attend(self, q_BTNH, stream, window, scale):
-    codes = self.cache.codes
-    old = codes.attend(q_BTNH, jnp.full_like(self.first_B, codes.layer.sinks), self.first_B, scale, self.key_scale_H)
-    seen_BTS = attention.see(stream, self.pos_BS, (self.pos_BS >= 0).astype(jnp.int32), window)
-    scores_BKRS = self.exact.scores(q_BTNH, scale, self.key_scale_H)
-    seen = jnp.repeat(seen_BTS, scores_BKRS.shape[2] // seen_BTS.shape[1], axis=1)[:, None]     # query t of head g is t * G + g
-    new = ops.exact(scores_BKRS, self.exact.v_BKSH.astype(q_BTNH.dtype), seen)
+    codes, asked = self.cache.codes, stream.implementation
+    old = codes.attend(q_BTNH, jnp.full_like(self.first_B, codes.layer.sinks), self.first_B, scale, self.key_scale_H, asked)
+    seg_BS, v_BKSH = (self.pos_BS >= 0).astype(jnp.int32), self.exact.v_BKSH.astype(q_BTNH.dtype)
+    if flash.runs(asked, q_BTNH.shape[1]):   # the tokens that were appended, and before them what they all see, in any order
+      attend = lambda *x: ops.of_output(*flash.part(*x, causal=True, asked=asked))
+      new = sharding.by_rows(attend, _by_kv_head(q_BTNH * scale, v_BKSH.shape[1]),
+                             self.exact.keys(self.key_scale_H).astype(q_BTNH.dtype), v_BKSH, stream.seg_BT, seg_BS)
+    else:
+      seen_BTS = attention.see(stream, self.pos_BS, seg_BS, window)
+      scores_BKRS = self.exact.scores(q_BTNH, scale, self.key_scale_H)
+      seen = jnp.repeat(seen_BTS, scores_BKRS.shape[2] // seen_BTS.shape[1], axis=1)[:, None]     # query t of head g is t * G + g
+      new = ops.exact(scores_BKRS, v_BKSH, seen)
     return _heads(ops.normalize(ops.merge(old, new)), q_BTNH)
 
 
@@ -289,6 +299,25 @@ def _parts(layer: LayerKV, grid: str) -> tuple[ops.Part, ...]:
   if layer.unified:
     return ops.unified(quantizer(layer.k_dim, layer.v_bits), quantizer(layer.k_dim, layer.k_bits), layer.blocks)
   return ops.separate(quantizer(layer.k_dim, layer.k_bits), quantizer(layer.spec.head_dim, layer.v_bits))
+
+
+def _attend_decoded(parts, stored, q_BKRD, start_B, end_B, *, tokens, asked) -> ops.Partial:
+  """As `ops.attend`, by `flash.part`: a piece of the slots is decoded in the queries' dtype, and read by all of them."""
+  seg_BT = jnp.ones((q_BKRD.shape[0], tokens), jnp.int32)
+
+  def attend(cut, seen_BC):
+    decoded = [part.decode_rotated(x) for part, x in zip(parts, cut)]
+    decoded = [jnp.where(seen_BC[:, None, :, None], x, 0).astype(q_BKRD.dtype) for x in decoded]   # a slot never written may hold anything
+    of = lambda role: jnp.concatenate([x[..., :getattr(part, role) * part.quantizer.dim] for part, x in zip(parts, decoded)], axis=-1)
+    return ops.of_output(*flash.part(q_BKRD, of('keys'), of('values'), seg_BT, seen_BC.astype(jnp.int32), causal=False, asked=asked))
+
+  return ops.over_slots(parts, stored, q_BKRD, start_B, end_B, attend, most=_DECODED)
+
+
+def _by_kv_head(x_BTNH, heads: int):
+  """[B, K, T * G, H]: query t of head g is t * G + g."""
+  B, T, N, H = x_BTNH.shape
+  return x_BTNH.reshape(B, T, heads, N // heads, H).swapaxes(1, 2).reshape(B, heads, -1, H)
 
 
 def _heads(o_BKRH, q_BTNH):

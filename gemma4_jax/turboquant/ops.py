@@ -11,10 +11,10 @@ import jax
 
 from gemma4_jax import hardware
 from gemma4_jax.turboquant import pallas, pallas_encode, reference
-from gemma4_jax.turboquant.reference import Part, Partial, Stored, exact, merge, normalize, separate, unified
+from gemma4_jax.turboquant.reference import Part, Partial, Stored, exact, merge, normalize, of_output, over_slots, separate, unified
 
 __all__ = ['IMPLEMENTATIONS', 'Part', 'Partial', 'Stored', 'append', 'attend', 'check', 'choose', 'choose_encode', 'encode', 'exact',
-           'merge', 'normalize', 'separate', 'unified']
+           'merge', 'normalize', 'of_output', 'over_slots', 'separate', 'unified']
 IMPLEMENTATIONS = ('xla', 'pallas_tpu', 'pallas_gpu', 'interpret')
 
 

@@ -7,6 +7,7 @@ codes alone. Results are partials: those over packed slots, a recent window and 
 Letters: B batch, K kv heads, G queries per kv head, S slots, C slots of a chunk, D coordinates, N blocks of a part.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import NamedTuple
 
@@ -110,6 +111,11 @@ def normalize(partial: Partial) -> jax.Array:
   return jnp.where(total > 0, partial.o_BKGD / jnp.where(total > 0, total, 1), 0)
 
 
+def of_output(o_BKGD: jax.Array, log_sum_BKG: jax.Array) -> Partial:
+  """The partial of which the output is known, and the log of the sum of exp(score); as low as `MASKED`: no slot is seen."""
+  return Partial(o_BKGD.astype(jnp.float32), jnp.maximum(log_sum_BKG, MASKED), (log_sum_BKG > MASKED).astype(jnp.float32))
+
+
 def exact(score_BKRS: jax.Array, v_BKSD: jax.Array, seen: jax.Array) -> Partial:
   """The partial over slots that are not quantized, as a recent window.
 
@@ -134,20 +140,25 @@ def attend(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Arra
     start_B, end_B: int32; a window's start (below 0 counts as 0) and a row's length (above S as S).
   """
   check(parts, stored, q_BKGD)
-  B, K, G, _ = q_BKGD.shape
+  q_BKGD = q_BKGD.astype(jnp.float32)
+  return over_slots(parts, stored, q_BKGD, start_B, end_B, lambda cut, seen_BC: _attend(parts, cut, q_BKGD, seen_BC[:, None, None, :]))
+
+
+def over_slots(parts: tuple[Part, ...], stored: tuple[Stored, ...], q_BKGD: jax.Array, start_B: jax.Array, end_B: jax.Array,
+               attend: Callable[[list[Stored], jax.Array], Partial], most: int = _CHUNK) -> Partial:
+  """`attend(part of stored, bool [B, C] of which slots are seen)` over all chunks of at most so many slots that hold a seen one."""
   S = stored[0].packed_BKSW.shape[2]
-  C = min(_CHUNK, S)
-  q_BKGD, start_B, end_B = q_BKGD.astype(jnp.float32), jnp.maximum(start_B, 0), jnp.minimum(end_B, S)
+  C = min(most, S)
+  start_B, end_B = jnp.maximum(start_B, 0), jnp.minimum(end_B, S)
 
   def chunk(c, partial):
     first = jnp.minimum(c * C, S - C)
     slots_C = first + jnp.arange(C)
     cut = [Stored(jax.lax.dynamic_slice_in_dim(x.packed_BKSW, first, C, 2), jax.lax.dynamic_slice_in_dim(x.scale_BKNS, first, C, 3))
            for x in stored]
-    seen_BC = (slots_C >= jnp.maximum(start_B[:, None], c * C)) & (slots_C < end_B[:, None])
-    return merge(partial, _attend(parts, cut, q_BKGD, seen_BC[:, None, None, :]))
+    return merge(partial, attend(cut, (slots_C >= jnp.maximum(start_B[:, None], c * C)) & (slots_C < end_B[:, None])))
 
-  nothing = Partial(jnp.zeros((B, K, G, width(parts, 'values'))), jnp.full((B, K, G), MASKED), jnp.zeros((B, K, G)))
+  nothing = of_output(jnp.zeros((*q_BKGD.shape[:-1], width(parts, 'values'))), jnp.full(q_BKGD.shape[:-1], MASKED))
   return jax.lax.fori_loop(start_B.min() // C, -(-end_B.max() // C), chunk, nothing)
 
 

@@ -29,7 +29,7 @@ def layer_of(name, kind, kv=KV):
 
 
 @functools.cache
-def tokens(name, kind):
+def tokens(name, kind, T=T):
   """q, k, v [B, T, ., H] and the key norm's weight; keys of K=V layers are their values, weighted and rotated."""
   cfg, (spec, _, _) = SHRUNK[name], layer_of(name, kind)
   rng, H, K = np.random.default_rng(3), spec.head_dim, spec.num_kv_heads
@@ -39,9 +39,9 @@ def tokens(name, kind):
   return layers.rope(q, angles), layers.rope(v * key_scale, angles) if spec.k_eq_v else draw(K), v, key_scale
 
 
-@functools.partial(quick.jit, static_argnums=(0, 1))
-def step(window, scale, held, q, k, v, key_scale, pos, seg):
-  stream = attention.Stream(pos, seg, {})
+@functools.partial(quick.jit, static_argnums=(0, 1, 2))
+def step(window, scale, implementation, held, q, k, v, key_scale, pos, seg):
+  stream = attention.Stream(pos, seg, {}, implementation)
   seen = held.append(k, v, stream, key_scale)
   return seen.attend(q, stream, window, scale), seen.cache
 
@@ -58,7 +58,7 @@ def feed(name, kind, kv=KV, rotated=()):
     pos = jnp.minimum(jnp.int32(LENGTHS)[:, None], start) + jnp.arange(stop - start)
     seg = jnp.int32(np.arange(start, stop) < LENGTHS[:, None])
     cut = lambda x, start=start, stop=stop: x[:, start:stop]
-    found, held = step(spec.window, 1.0, held, cut(q), cut(k), cut(v), key_scale, pos, seg)
+    found, held = step(spec.window, 1.0, 'auto', held, cut(q), cut(k), cut(v), key_scale, pos, seg)
     out[:, start:stop] = found
     after.append(held)
   return out, after
@@ -121,6 +121,26 @@ def test_values_that_come_rotated_stay_so():
 def test_the_kernel_reads_what_the_cache_holds():
   found, expected = feed('31b', 'global', KV | {'kernel': 'interpret'})[0], meaning('31b', 'global')
   np.testing.assert_allclose(found[REAL], expected[REAL], atol=1e-5)
+
+
+@pytest.mark.parametrize('name', quick.only(['31b'], ['e2b', '31b']))
+def test_chunks_of_a_prompt_are_read_alike_by_a_flash_kernel(name, monkeypatch):
+  monkeypatch.setattr(quantized_cache, '_DECODED', 100)   # codes of the last chunk: more than one piece
+  spec, i, _ = layer_of(name, 'global')
+  lengths, cuts = np.array([398, 150]), ((0, 130), (130, 270), (270, 398))   # the second row ends within the second chunk
+  q, k, v, key_scale = tokens(name, 'global', 398)
+
+  def outputs(implementation):
+    held = quantized_cache.make(SHRUNK[name], 2, 400, KV).layers[i]
+    for start, stop in cuts:
+      pos = jnp.minimum(jnp.int32(lengths)[:, None], start) + jnp.arange(stop - start)
+      seg = jnp.int32(np.arange(start, stop) < lengths[:, None])
+      cut = lambda x, start=start, stop=stop: x[:, start:stop]
+      found, held = step(None, 1.0, implementation, held, cut(q), cut(k), cut(v), key_scale, pos, seg)
+      yield np.where(np.asarray(seg)[..., None, None], found, 0)
+
+  for found, expected in zip(outputs('splash_interpret'), outputs('xla'), strict=True):
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max())
 
 
 def test_a_row_that_has_ended_is_as_it_was():
