@@ -34,8 +34,9 @@ class Stream:
 
   @classmethod
   def make(cls, cfg: ModelConfig, pos_BT: jax.Array, seg_BT: jax.Array) -> 'Stream':
+    kinds = {rope_kind(spec): spec for spec in cfg.layers}
     return cls(pos_BT, seg_BT, {
-        rope_kind(s): layers.rope_angles(pos_BT, s.head_dim, s.rope_base, s.rope_fraction) for s in cfg.layers},
+        kind: layers.rope_angles(pos_BT, s.head_dim, s.rope_base, s.rope_fraction) for kind, s in kinds.items()},
                cfg.attention_implementation)
 
 

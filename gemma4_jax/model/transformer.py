@@ -86,7 +86,8 @@ class Period(nn.Module):
 
 def _scan(body, length):
   """Over weights and the first argument after the carry; the other two are the same for all."""
-  return nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=length, in_axes=(0, nn.broadcast, nn.broadcast))
+  return nn.scan(body, variable_axes={'params': 0}, split_rngs={'params': True}, length=length, in_axes=(0, nn.broadcast, nn.broadcast),
+                 check_constancy_invariants=False)
 
 
 class Transformer(nn.Module):
