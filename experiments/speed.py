@@ -7,7 +7,7 @@ r"""Speed against the machine's limit and against a peer, as JSON.
   python -m experiments.speed load --size=e2b --dtype=bfloat16   # a process, from its start to the first token
   python -m experiments.speed kv --size=e2b --dtype=bfloat16 --kv=quality --contexts=1024,8192    # a step after a long context
   python -m experiments.speed scan --size=mini   # a token, blocks one by one and scanned: why decoding is not
-  python -m experiments.speed compile            # a training step of E2B's 35 layers at width 128, one by one and scanned
+  python -m experiments.speed compile            # a step of E2B's 35 layers at width 128: one by one, scanned, and in plain jax.numpy
 
 Ours and the peer run as processes of their own, in turn, `--rounds` times; each round measures the matmul peak of its own
 library around the steps, since machines drift. `share_of_peak` is model FLOPs (matmuls, causal attention, no recomputation)
@@ -31,7 +31,7 @@ import tempfile
 import time
 
 from configs import base
-from experiments import llama_cpp_peer, speed_kv, speed_sampling
+from experiments import llama_cpp_peer, speed_kv, speed_plain, speed_sampling
 from gemma4_jax import config as model_config, hardware, kv_format, provenance, size
 from gemma4_jax.config import WEIGHTS
 
@@ -70,33 +70,36 @@ def _ours(name: str, steps: int, scan: bool) -> dict:
       'path': f'{"scanned" if scan else "one layer after another"}, attention {flash.choose(cfg.attention_implementation)}'}
 
 
-def _compile(scan: bool) -> dict:
-  """Seconds in which a training step of `NARROW` is traced and compiled, nothing kept from before."""
+def _compile(form: str) -> dict:
+  """Seconds in which a training step of `NARROW` is traced and compiled, nothing kept from before; 'plain': the peer's."""
   import jax
 
   from gemma4_jax import compilation, sharding
   from gemma4_jax.training import optimizer, trainer
-  c, cfg = base.get_config('e2b-toy'), NARROW.replace(scan=scan)
-  tx = optimizer.make(c.optimizer, c.train.steps)
+  c, cfg = base.get_config('e2b-toy'), NARROW.replace(scan=form != 'one_by_one')
+  tx, step = speed_plain.make_step(cfg)
+  if form != 'plain':
+    tx = optimizer.make(c.optimizer, c.train.steps)
+    step = trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk)
   state, batch = trainer.abstract_state(cfg, tx, sharding.make_mesh({})), _batch(cfg)
-  step = jax.jit(trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk), donate_argnums=0)
+  args, donated = ((state.params, state.opt_state, batch), (0, 1)) if form == 'plain' else ((state, batch), 0)
   begin = time.perf_counter()
-  lowered = step.lower(state, batch)
+  lowered = jax.jit(step, donate_argnums=donated).lower(*args)
   traced = time.perf_counter()
   lowered.compile(compilation.train_options())
   return {'trace_seconds': traced - begin, 'compile_seconds': time.perf_counter() - traced}
 
 
 def _compiles(rounds: int) -> dict:
-  found = {name: [] for name in ('one_by_one', 'scanned')}
+  found = {form: [] for form in ('one_by_one', 'scanned', 'plain')}
   for _ in range(rounds):
-    for name, times in found.items():
-      times.append(_alone(_compile, name == 'scanned'))
-  ratio = lambda key: statistics.median(b[key] / a[key] for a, b in zip(found['one_by_one'], found['scanned'], strict=True))
+    for form, times in found.items():
+      times.append(_alone(_compile, form))
+  ratios = lambda form: {key: statistics.median(b[key] / a[key] for a, b in zip(found[form], found['scanned'], strict=True))
+                         for key in ('trace_seconds', 'compile_seconds')}
   return {'what': 'compile', 'layers': NARROW.num_layers, 'width': NARROW.width, 'remat': NARROW.remat,
           'environment': hardware.environment(), **_alone(provenance.result),
-          'scanned_to_one_by_one': {key: ratio(key) for key in ('trace_seconds', 'compile_seconds')},
-          'rounds': found}
+          **{f'scanned_to_{form}': ratios(form) for form in ('one_by_one', 'plain')}, 'rounds': found}
 
 
 def _hf(name: str, steps: int, scan: bool) -> dict:

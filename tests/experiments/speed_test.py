@@ -3,14 +3,18 @@
 import os
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import base
-from experiments import llama_cpp_peer, speed, speed_sampling
+from experiments import llama_cpp_peer, speed, speed_plain, speed_sampling
 from gemma4_jax import config as model_config
 from gemma4_jax.checkpoint import load
-from tests import tiny
+from gemma4_jax.model import transformer
+from gemma4_jax.training import trainer
+from tests import quick, tiny
 
 CONVERT = os.environ.get('LLAMA_CPP_CONVERT', '')   # the path of llama.cpp's convert_hf_to_gguf.py
 
@@ -66,15 +70,34 @@ def test_what_is_compiled_has_all_layers_of_e2b():
 
 
 @pytest.mark.slow
-def test_a_compile_is_timed_both_ways(monkeypatch):
-  scans, compiles = [], speed._compile
+def test_the_plain_step_is_of_the_same_model():
+  cfg = model_config.shrink(model_config.E2B, periods=2, scan=True)
+  params = jax.tree.map(lambda w: 1.1 * w + 0.01, transformer.init(cfg, 0))   # norms that are not 1
+  ids = jax.random.randint(jax.random.key(1), (2, 24), 1, cfg.vocab_size)
+  seg = jnp.ones_like(ids).at[0, 15:].set(2).at[1, 20:].set(0)
+  pos = jnp.arange(24)[None] - jnp.where(seg == 2, 15, 0)
+  weight = (seg > 0).astype(jnp.float32)
+  batch = {'tokens': ids, 'targets': ids, 'positions': pos, 'segments': seg, 'weights': weight}
+  tx, step = speed_plain.make_step(cfg)
+  ours = trainer.make_step(cfg, tx, accumulate=1, loss_chunk=16)
+  expected, row = quick.jit(ours)(trainer.State(jnp.int32(0), params, tx.init(params)), batch)
+  found, opt_state, loss = quick.jit(step)(params, tx.init(params), batch)
+  np.testing.assert_allclose(loss, row['loss'], rtol=2e-6)
+  for a, b in zip(jax.tree.leaves(opt_state[0].mu), jax.tree.leaves(expected.opt_state[0].mu), strict=True):   # of the gradients
+    np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.slow
+def test_a_compile_is_timed_in_each_form(monkeypatch):
+  forms, compiles = [], speed._compile
   monkeypatch.setattr(speed, 'NARROW', model_config.shrink(model_config.E2B, periods=2, remat='full'))
-  monkeypatch.setattr(speed, '_compile', lambda scan: scans.append(scan) or compiles(scan))
+  monkeypatch.setattr(speed, '_compile', lambda form: forms.append(form) or compiles(form))
   monkeypatch.setattr(speed, '_alone', lambda function, *args: function(*args))
   found = speed._compiles(1)
-  plain, scanned = (found['rounds'][name][0] for name in ('one_by_one', 'scanned'))
-  assert scans == [False, True] and min(*plain.values(), *scanned.values()) > 0
-  assert found['scanned_to_one_by_one'] == {key: scanned[key] / plain[key] for key in plain}
+  each = {form: times[0] for form, times in found['rounds'].items()}
+  assert forms == ['one_by_one', 'scanned', 'plain'] and min(min(times.values()) for times in each.values()) > 0
+  for form in ('one_by_one', 'plain'):
+    assert found[f'scanned_to_{form}'] == {key: each['scanned'][key] / each[form][key] for key in each[form]}
 
 
 @pytest.mark.slow
