@@ -15,7 +15,7 @@ import json
 import sys
 
 from gemma4_jax import config_file, kv_format
-from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, WEIGHTS
+from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, WEIGHTS, nearest
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -100,11 +100,24 @@ def _sample(args):
   print(_told(run.stats, model.cfg), file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+
+  def parse_known_args(self, args=None, namespace=None):
+    """First says what is no flag at all, which argparse does after it has missed those that are required."""
+    args = sys.argv[1:] if args is None else args
+    flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith('--')]
+    for name in (arg.split('=')[0] for arg in args):
+      if name.startswith('--') and name not in flags:
+        self.error(f'unrecognized argument: {name}; did you mean {nearest(name, flags)}?')
+    return super().parse_known_args(args, namespace)
+
+  def error(self, message):
+    sys.exit(f'error: {config_file.one_line(message)}')   # without the usage
+
+
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog=f'python -m gemma4_jax.cli.{name}', description=doc, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.error = lambda message: sys.exit(f'error: {config_file.one_line(message)}')   # without the usage
-  return parser
+  return _Parser(prog=f'python -m gemma4_jax.cli.{name}', description=doc, allow_abbrev=False,
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:

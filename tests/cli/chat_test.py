@@ -161,7 +161,7 @@ def test_flags_reach_the_model_and_every_answer(tmp_path, monkeypatch, capsys):
     ([], '--checkpoint=DIR, or --variant=NAME'),
     (['--checkpoint=/nowhere'], '/nowhere: no such directory'),
     (['--checkpoint=/nowhere', '--max_new_tokens=0'], '--max_new_tokens=0'),
-    (['--checkpoint=/nowhere', '--prompt=x'], 'unrecognized arguments'),
+    (['--checkpoint=/nowhere', '--prompt=x'], 'unrecognized argument'),
     (['--checkpoint=HERE', '--context=999'], 'context_length = 256'),
     (['--checkpoint=HERE', '--context=-1'], '--context=-1'),
     (['--checkpoint=HERE', '--tokenizer=HERE/short.json'], 'the tokenizer has no <turn|>'),

@@ -111,7 +111,7 @@ def test_a_reference_gives_the_divergence_and_no_perplexity_of_raw_text_to_what_
     (['--trials=3'], '--trials: is not of --task=perplexity'), (['--out=HOME'], 'is a directory or a device'),
     (['--reply_only', '--window=16'], '--reply_only: takes conversations as --data, and runs each whole'),
     (['--reply_only', '--data=validation'], '--reply_only: takes conversations'),
-    (['--widow=3'], 'unrecognized arguments'), (['--checkpoint=HOME/broken'], 'log-probabilities that are not finite'),
+    (['--widow=3'], 'unrecognized argument'), (['--checkpoint=HOME/broken'], 'log-probabilities that are not finite'),
     (['--reply_only'], 'no conversation'), (['--checkpoint=HOME/nowhere'], 'no such directory')], ids=lambda value: str(value)[:40])
 def test_what_is_wrong_is_one_line(home, flags, said):
   (home / 'empty.jsonl').write_text('')
