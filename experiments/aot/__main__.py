@@ -37,6 +37,8 @@ TABLE = (
     '--variant=e4b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e2b --target=cpux1 --mode=prefill --context=32768',
     '--variant=e2b --target=v5e-1 --mode=prefill --context=32768 --ple=host',
+    '--variant=e2b --target=v5e-1 --mode=prefill --context=32768 --ple=host --kv=turboquant',
+    '--variant=31b --target=v6e-8 --mode=prefill --context=32768 --kv=turboquant',
     *(f'--variant={name} --target=h200x1 --mode=decode --context=32768' for name in _VARIANTS),
     *(f'--variant={name} --target=h100x8 --mode=train --context=2048 --mesh=fsdp=8' for name in _VARIANTS),
     *(f'--variant={name} --target=v6e-8 --mode=prefill --context=32768' for name in _VARIANTS),
