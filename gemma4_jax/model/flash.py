@@ -55,7 +55,7 @@ def attend(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, q_seg_BT: ja
 def part(q_BKRH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, q_seg_BT: jax.Array, k_seg_BS: jax.Array, causal: bool,
          asked: str) -> tuple[jax.Array, jax.Array]:
   """Attention to some of the keys, forward only: (output [B, K, R, H], log of the sum of exp(q k), float32 [B, K, R]), from which the
-  attention to all follows. Of a row's query that sees none of them the second is so low that it counts for nothing.
+  attention to all follows. A query that sees none of them has a sum so low that its output counts for nothing.
 
   Args:
     q_BKRH: query t of head g is t * G + g; the softmax scale multiplied in.
