@@ -36,39 +36,57 @@ def measure(name: str, kv: str, other: str, dtype: str, batch: int, contexts: tu
     seen = held.append(k, v, stream, jnp.ones(spec.head_dim, dtype))
     return seen.cache, seen.attend(q, stream, None, cfg.attention_scale)
 
-  @functools.partial(jax.jit, donate_argnums=1, static_argnums=2)
-  def steps(params, cache, count):
-    def step(_, carry):
-      token_B1, cache = carry
-      logits, out = transformer.Transformer(cfg).apply(transformer.variables(params), token_B1, None, jnp.ones_like(token_B1), cache=cache)
-      return logits.argmax(-1).astype(jnp.int32), out['cache']
-    return jax.lax.fori_loop(0, count, step, (jnp.ones((batch, 1), jnp.int32), cache))
-
   new, rows = 4, []
   for context in contexts:
     capacity = context + new * (repeats + 2)
-    cache = _filled(quantized_cache.make(cfg, batch, capacity, format), context)
+    cache = filled(quantized_cache.make(cfg, batch, capacity, format), context)
     held = jax.tree.map(jnp.copy, cache.layers[i])
     draw = lambda heads: jax.random.normal(jax.random.key(heads), (batch, 1, heads, spec.head_dim), dtype)
     q, k, v = draw(cfg.num_heads), draw(spec.num_kv_heads), draw(spec.num_kv_heads)
-    alone, whole = [], []
+    alone = []
     for repeat in range(repeats + 1):   # the first compiles
       begin = time.perf_counter()
       for _ in range(new):
         held, out = attend(held, q, k, v, jnp.full((batch,), context + repeat, jnp.int32))
       jax.block_until_ready(out)
       alone.append((time.perf_counter() - begin) / new)
-    for _ in range(repeats + 1):
-      begin = time.perf_counter()
-      token, cache = steps(params, cache, new)
-      jax.block_until_ready(token)
-      whole.append((time.perf_counter() - begin) / new)
+    cache_bytes = cache.nbytes
+    whole = step_seconds(steps(cfg, batch), params, cache, new, repeats)
     rows.append({
-        'context': context, 'attention_seconds': min(alone[1:]), 'step_seconds': min(whole[1:]),
-        'attention_bytes': batch * layer.bytes(context, width), 'cache_bytes': cache.nbytes})
+        'context': context, 'attention_seconds': min(alone[1:]), 'step_seconds': min(whole),
+        'attention_bytes': batch * layer.bytes(context, width), 'cache_bytes': cache_bytes})
   about = {'layer': str(layer), 'kv': quantized_cache.describe(cfg, format, max(contexts)), 'library': f'jax {jax.__version__}',
            'device': jax.devices()[0].device_kind, 'bandwidth': hardware.measure_bandwidth()}
   return [row | about for row in rows]
+
+
+def steps(cfg, batch: int):
+  """Returns (params, cache, count) -> (the last token, cache) after `count` greedy steps, jitted; the cache is donated."""
+  import jax
+  import jax.numpy as jnp
+
+  from gemma4_jax.model import transformer
+
+  @functools.partial(jax.jit, donate_argnums=1, static_argnums=2)
+  def run(params, cache, count):
+    def step(_, carry):
+      token_B1, cache = carry
+      logits, out = transformer.Transformer(cfg).apply(transformer.variables(params), token_B1, None, jnp.ones_like(token_B1), cache=cache)
+      return logits.argmax(-1).astype(jnp.int32), out['cache']
+    return jax.lax.fori_loop(0, count, step, (jnp.ones((batch, 1), jnp.int32), cache))
+  return run
+
+
+def step_seconds(run, params, cache, count: int, repeats: int) -> list[float]:
+  """Of one step, by each of `repeats` calls of `steps`, after one that compiles; the cache has room for them all, and is used up."""
+  import jax
+  seconds = []
+  for _ in range(repeats + 1):
+    begin = time.perf_counter()
+    token, cache = run(params, cache, count)
+    jax.block_until_ready(token)
+    seconds.append((time.perf_counter() - begin) / count)
+  return seconds[1:]
 
 
 def prefill_memory(name: str, kv: str, dtype: str, batch: int, context: int) -> dict:
@@ -101,7 +119,7 @@ def compare(ours: list[dict], exact: list[dict]) -> list[dict]:
   return rows
 
 
-def _filled(cache, length: int):
+def filled(cache, length: int):
   """The cache as if every row held `length` tokens."""
   import jax
   import jax.numpy as jnp
