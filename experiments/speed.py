@@ -31,7 +31,7 @@ import tempfile
 import time
 
 from configs import base
-from experiments import llama_cpp_peer, speed_kv, speed_plain, speed_sampling
+from experiments import llama_cpp_peer, speed_kv, speed_sampling
 from gemma4_jax import config as model_config, hardware, kv_format, provenance, size
 from gemma4_jax.config import WEIGHTS
 
@@ -74,6 +74,7 @@ def _compile(form: str) -> dict:
   """Seconds in which a training step of `NARROW` is traced and compiled, nothing kept from before; 'plain': the peer's."""
   import jax
 
+  from experiments import speed_plain
   from gemma4_jax import compilation, sharding
   from gemma4_jax.training import optimizer, trainer
   c, cfg = base.get_config('e2b-toy'), NARROW.replace(scan=form != 'one_by_one')

@@ -5,9 +5,10 @@ r"""What an accelerator makes of the models at their real sizes: decoding, promp
   python -m experiments.speed_device --list
 
 Writes DIR/results.json, a row as soon as it is measured, and DIR/share_of_limit.png. Weights are random, and a cache is as if it held
-`context` tokens. The limit of decoding is the bytes that a step reads over the measured bandwidth; of prompts and training the model's
-FLOPs over the measured bfloat16 matmul peak. Rows of one model share a process, the small ones first, so that `peak_memory_bytes` is a
-row's own where it grows. `hf` is transformers on the same device (extra `peer`). A row that fails, for want of memory say, holds its error.
+`length` tokens. The limit of decoding is the bytes that a step reads over the measured bandwidth; of prompts and training the model's
+FLOPs over the measured bfloat16 matmul peak, each by its own library. Rows of one model share a process, the small ones first, so that
+`peak_memory_bytes` is a row's own where it grows. `hf` is transformers on the same device (extra `peer`). A row that fails, for want of
+memory say, holds its error.
 """
 
 import argparse

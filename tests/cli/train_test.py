@@ -64,6 +64,7 @@ def test_what_cannot_run_is_one_line_and_leaves_no_folder(args, said, tmp_path, 
     ('gemma4_jax.cli.chat', 'A conversation in the terminal'), ('gemma4_jax.cli.convert', 'Converts a checkpoint'),
     ('gemma4_jax.cli.size', 'Prints what the released variants cost'), ('experiments.launch', 'Runs every point of a sweep'),
     ('experiments.report', 'The table a sweep was run for'), ('experiments.speed', "Speed against the machine's limit"),
+    ('experiments.speed_device', 'What an accelerator makes of the models'),
     ('experiments.ple_placement', 'What it costs to keep the PLE table elsewhere')])
 def test_help_of_every_command_tells_what_it_is_for_without_loading_jax_and_ends_well(module, said):
   code = (f'import runpy, sys; sys.argv[1:] = ["--help"]\n'
