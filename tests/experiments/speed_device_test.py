@@ -1,11 +1,13 @@
 """`experiments.speed_device` keeps every row it measured, and every reason why it could not."""
 
+import concurrent.futures.process
 import json
 
 import pytest
 
 from experiments import speed, speed_device
 from experiments.speed_device import Row
+from gemma4_jax import metrics
 
 ROWS = [Row('e2b-toy', 'prefill', 1, 40), Row('e2b-toy', 'decode', 2, 64), Row('e2b-toy', 'decode', 1, 64, kv='nonesuch'),
         Row('31b-toy', 'decode', 1, 64, 'turboquant4', 'turboquant')]
@@ -35,6 +37,17 @@ def test_a_row_has_its_speed_or_its_error_and_is_measured_once(tmp_path, capsys)
   assert '3 of 3 rows, 1 of them with an error' in capsys.readouterr().out
   speed_device.run(ROWS[:3], tmp_path, float('inf'), repeats=1)
   assert json.loads((tmp_path / 'results.json').read_text()) == found
+
+
+def test_a_row_whose_process_dies_is_not_the_end_of_the_others(tmp_path, monkeypatch):
+  def dies(_, missing, file, *args):
+    if missing[0] == ROWS[0]:
+      raise concurrent.futures.process.BrokenProcessPool()
+    metrics.write_json(file, speed_device.read(file) | {row.name: {'what': row.what, 'error': 'none'} for row in missing})
+  monkeypatch.setattr(speed, '_alone', dies)
+  speed_device.run(ROWS[:2], tmp_path, float('inf'), repeats=1)
+  found = speed_device.read(tmp_path / 'results.json')
+  assert 'died' in found[ROWS[0].name]['error'] and found[ROWS[1].name]['error'] == 'none'
 
 
 def test_nothing_is_begun_after_the_deadline(tmp_path, capsys):
