@@ -11,6 +11,7 @@ from gemma4_jax import config as model_config
 MINI = model_config.shrink(
     model_config.E2B, periods=2, width=384, vocab_size=32_768, mlp_dim=1536, num_heads=8, head_dim=64, global_head_dim=128,
     window=128, ple_dim=32, context_length=4096)
+MID = MINI.replace(width=864, mlp_dim=3456)   # 342M: what `experiments/speed_device.py` trains beside it
 
 
 def _toy(variant: str) -> model_config.ModelConfig:
@@ -23,8 +24,8 @@ def _toy(variant: str) -> model_config.ModelConfig:
 
 
 def models() -> dict:
-  """Name -> ModelConfig: the released variants, `<variant>-toy` of each, and `mini`."""
-  return {**model_config.VARIANTS, **{f'{name}-toy': _toy(name) for name in model_config.VARIANTS}, 'mini': MINI}
+  """Name -> ModelConfig: the released variants, `<variant>-toy` of each, `mini` and `mid`."""
+  return {**model_config.VARIANTS, **{f'{name}-toy': _toy(name) for name in model_config.VARIANTS}, 'mini': MINI, 'mid': MID}
 
 
 def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:

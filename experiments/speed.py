@@ -78,14 +78,14 @@ def _compile(form: str) -> dict:
   from gemma4_jax import compilation, sharding
   from gemma4_jax.training import optimizer, trainer
   c, cfg = base.get_config('e2b-toy'), NARROW.replace(scan=form != 'one_by_one')
-  tx, step = speed_plain.make_step(cfg)
-  if form != 'plain':
+  if form == 'plain':
+    tx, step = speed_plain.make_step(cfg)
+  else:
     tx = optimizer.make(c.optimizer, c.train.steps)
     step = trainer.make_step(cfg, tx, accumulate=1, loss_chunk=c.train.loss_chunk)
   state, batch = trainer.abstract_state(cfg, tx, sharding.make_mesh({})), _batch(cfg)
-  args, donated = ((state.params, state.opt_state, batch), (0, 1)) if form == 'plain' else ((state, batch), 0)
   begin = time.perf_counter()
-  lowered = jax.jit(step, donate_argnums=donated).lower(*args)
+  lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
   traced = time.perf_counter()
   lowered.compile(compilation.train_options())
   return {'trace_seconds': traced - begin, 'compile_seconds': time.perf_counter() - traced}
@@ -95,11 +95,11 @@ def _compiles(rounds: int) -> dict:
   found = {form: [] for form in ('one_by_one', 'scanned', 'plain')}
   for _ in range(rounds):
     for form, times in found.items():
-      times.append(_alone(_compile, form))
+      times.append(alone(_compile, form))
   ratios = lambda form: {key: statistics.median(b[key] / a[key] for a, b in zip(found[form], found['scanned'], strict=True))
                          for key in ('trace_seconds', 'compile_seconds')}
   return {'what': 'compile', 'layers': NARROW.num_layers, 'width': NARROW.width, 'remat': NARROW.remat,
-          'environment': hardware.environment(), **_alone(provenance.result),
+          'environment': hardware.environment(), **alone(provenance.result),
           **{f'scanned_to_{form}': ratios(form) for form in ('one_by_one', 'plain')}, 'rounds': found}
 
 
@@ -163,27 +163,32 @@ def _measure(run, peak, steps, cfg) -> dict:
     times.append(time.perf_counter() - begin)
   best = max(before, peak())
   seconds, flops = statistics.median(times), size.training_flops(cfg, LENGTH) * BATCH * LENGTH
-  if not losses[-1] < losses[0]:
-    raise RuntimeError(f'the loss did not fall ({losses}): this is no training step')
+  check_losses(losses)
   return {'step_seconds': seconds, 'tokens_per_s': BATCH * LENGTH / seconds, 'matmul_peak_flops': best,
           'share_of_peak': flops / seconds / best}
 
 
+def check_losses(losses: list[float]) -> None:
+  """Raises RuntimeError where steps on one batch did not lower its loss."""
+  if not losses[-1] < losses[0]:
+    raise RuntimeError(f'the loss did not fall ({losses}): this is no training step')
+
+
 def _kv(args, contexts: tuple[int, ...]) -> dict:
-  head, kinds, rounds = _alone(provenance.result), (args.kv, 'exact'), []
+  head, kinds, rounds = alone(provenance.result), (args.kv, 'exact'), []
   for _ in range(args.rounds):
-    rounds.append([_alone(speed_kv.measure, args.size, kind, other, args.dtype, args.batch, contexts, args.steps, args.weights)
+    rounds.append([alone(speed_kv.measure, args.size, kind, other, args.dtype, args.batch, contexts, args.steps, args.weights)
                    for kind, other in zip(kinds, reversed(kinds))])
   compared = [speed_kv.compare(*pair) for pair in rounds]
   median = lambda rows: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-  prefill = {kind: _alone(speed_kv.prefill_memory, args.size, kind, args.dtype, args.batch, max(contexts)) for kind in kinds}
+  prefill = {kind: alone(speed_kv.prefill_memory, args.size, kind, args.dtype, args.batch, max(contexts)) for kind in kinds}
   return {'what': 'kv', 'size': args.size, 'kv': args.kv, 'batch': args.batch, 'dtype': args.dtype, 'weights': args.weights,
           **head, 'environment': hardware.environment(),
           'ratios': [median(rows) for rows in zip(*compared)], 'prefill': prefill,
           'rounds': [dict(zip(('ours', 'exact'), pair)) for pair in rounds]}
 
 
-def _alone(function, *args) -> dict:
+def alone(function, *args) -> dict:
   """Runs in a process of its own, so that peaks of memory do not mix."""
   with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
     return pool.submit(function, *args).result()
@@ -223,8 +228,8 @@ def main(argv=None) -> None:
     print(json.dumps(_compiles(args.rounds), indent=2))
     return
   if args.what == 'scan':
-    rounds = [_alone(speed_sampling.scanned, args.size, args.dtype, args.steps) for _ in range(args.rounds)]
-    print(json.dumps({'what': 'scan', 'size': args.size, 'dtype': args.dtype, **_alone(provenance.result),
+    rounds = [alone(speed_sampling.scanned, args.size, args.dtype, args.steps) for _ in range(args.rounds)]
+    print(json.dumps({'what': 'scan', 'size': args.size, 'dtype': args.dtype, **alone(provenance.result),
                       'environment': hardware.environment(), 'rounds': rounds}, indent=2))
     return
   with tempfile.TemporaryDirectory() as scratch:
@@ -243,11 +248,11 @@ def _beside(args, scratch: Path) -> dict:
     if args.peer == 'llama_cpp':
       runs['llama_cpp'] = (llama_cpp_peer.measure, args.size, args.what, args.batch, args.steps, _gguf(args, scratch))
     shape = {'batch': args.batch, 'prompt': speed_sampling.PROMPT, 'new': speed_sampling.NEW, 'dtype': args.dtype, 'weights': args.weights}
-  head = _alone(provenance.result)
+  head = alone(provenance.result)
   found = {name: [] for name in runs if name in ('ours', args.peer)}
   for _ in range(args.rounds):
     for name, rounds in found.items():
-      rounds.append(_alone(*runs[name]))
+      rounds.append(alone(*runs[name]))
   out = {'what': args.what, 'size': args.size, **shape, 'parameters': size.total(base.models()[args.size]),
          **head, 'environment': hardware.environment(),
          **{name: {key: statistics.median(r[key] for r in rounds) if isinstance(value, (int, float)) else value
@@ -265,7 +270,7 @@ def _gguf(args, scratch: Path) -> str:
   llama_cpp_peer.library()
   if not os.path.exists(file):
     llama_cpp_peer.check(args.convert, outtype)
-    _alone(llama_cpp_peer.write_gguf, args.size, args.dtype, outtype, args.convert, file)
+    alone(llama_cpp_peer.write_gguf, args.size, args.dtype, outtype, args.convert, file)
   return file
 
 
@@ -273,11 +278,11 @@ def _loads(args, scratch: Path) -> dict:
   """Of each round: seconds from the start of a process to its first token, and what they went into."""
   folder = args.checkpoint or str(scratch / 'checkpoint')
   if not args.checkpoint:
-    _alone(speed_sampling.write_random, args.size, args.dtype, folder)
-  head, rounds = _alone(provenance.result), []
+    alone(speed_sampling.write_random, args.size, args.dtype, folder)
+  head, rounds = alone(provenance.result), []
   for _ in range(args.rounds):
     begin = time.perf_counter()
-    found = _alone(speed_sampling.first_token, folder, args.weights)
+    found = alone(speed_sampling.first_token, folder, args.weights)
     rounds.append({'seconds': time.perf_counter() - begin, **found})
   return {'what': 'load', 'size': None if args.checkpoint else args.size,
           'checkpoint_bytes': sum(file.stat().st_size for file in Path(folder).glob('*')), 'weights': args.weights,

@@ -8,7 +8,7 @@ Writes DIR/results.json, a row as soon as it is measured, and DIR/share_of_limit
 `length` tokens. The limit of decoding is the bytes that a step reads over the measured bandwidth; of prompts and training the model's
 FLOPs over the measured bfloat16 matmul peak, each by its own library. Rows of one model share a process, the small ones first, so that
 `peak_memory_bytes` is a row's own where it grows. `hf` is transformers on the same device (extra `peer`). A row that fails, for want of
-memory say, holds its error.
+memory say, holds its error; take it out of the file to try again.
 """
 
 import argparse
@@ -24,13 +24,8 @@ import sys
 import time
 
 from configs import base
-from experiments import speed_kv
-from gemma4_jax import config as model_config, metrics
-
-# E2B-shaped like `mini`, 342M parameters
-MID = model_config.shrink(
-    model_config.E2B, periods=2, width=864, vocab_size=32_768, mlp_dim=3456, num_heads=8, head_dim=64, global_head_dim=128, window=128,
-    ple_dim=32, context_length=4096)
+from experiments import speed, speed_kv, speed_sampling
+from gemma4_jax import config as model_config, hardware, metrics, provenance, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +64,7 @@ def rows() -> list[Row]:
 
 def model(row: Row) -> model_config.ModelConfig:
   """In bfloat16; trained with weights and moments in float32, as the study's are."""
-  cfg = MID if row.model == 'mid' else base.models()[row.model]
+  cfg = base.models()[row.model]
   return cfg.replace(dtype='bfloat16', param_dtype='float32' if row.what == 'train' else 'bfloat16', scan=False,
                      context_length=max(row.length, cfg.context_length))
 
@@ -98,7 +93,6 @@ def main(argv=None) -> None:
 
 def run(wanted: list[Row], out: Path, deadline: float, repeats: int) -> None:
   """Measures those that `out` has not, until the deadline."""
-  from experiments import speed
   out.mkdir(parents=True, exist_ok=True)
   os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')   # of a GPU, where JAX takes 75 % by itself
   file = out / 'results.json'
@@ -106,7 +100,7 @@ def run(wanted: list[Row], out: Path, deadline: float, repeats: int) -> None:
     together = list(together)
     while (missing := [row for row in together if row.name not in read(file)]) and time.time() < deadline:
       try:
-        speed._alone(measure, missing, file, deadline, repeats)
+        speed.alone(measure, missing, file, deadline, repeats)
       except concurrent.futures.process.BrokenProcessPool:   # the row that it was at has an end, too; the others go on without it
         for at in [row for row in missing if row.name not in read(file)][:1]:
           metrics.write_json(file, read(file) | {at.name: {'error': 'the process died, of memory perhaps', **dataclasses.asdict(at)}})
@@ -122,7 +116,6 @@ def read(file: Path) -> dict:
 
 def measure(together: list[Row], file: Path, deadline: float, repeats: int) -> None:
   """Rows of one process, one after another, each into the file when it is there."""
-  from gemma4_jax import provenance
   try:
     kinds = (_Peer if together[0].by == 'hf' else _Ours)(together[0])
   except Exception as error:   # of any library: it goes into the rows
@@ -149,7 +142,6 @@ class _Ours:
   def __init__(self, row: Row):
     import jax
 
-    from gemma4_jax import hardware
     from gemma4_jax.model import quantized, quantized_cache, transformer
     from gemma4_jax.sampling import generate
     big = hardware.platform() != 'cpu'
@@ -163,30 +155,25 @@ class _Ours:
         self.params = quantized.quantize(self.cfg, self.params, row.weights, consume=True)
 
   def _result(self, seconds, tokens, limit_seconds, **more):
-    from gemma4_jax import hardware
     middle = statistics.median(seconds)
     return {'tokens_per_s': tokens / middle, 'seconds': middle, 'share_of_limit': limit_seconds / middle,
             'peak_memory_bytes': hardware.peak_memory_bytes(), **more, **self.about}
 
   def decode(self, row: Row, repeats: int) -> dict:
-    import jax
 
-    from gemma4_jax import size
     from gemma4_jax.model import quantized_cache
     count = 16
     cache = quantized_cache.make(self.cfg, row.batch, row.length + count * (repeats + 1), row.kv)
     cache = speed_kv.filled(cache, row.length)
     path = quantized_cache.describe(self.cfg, row.kv, row.length)
     seconds = speed_kv.step_seconds(speed_kv.steps(self.cfg, row.batch), self.params, cache, count, repeats)
-    read_bytes = None if row.weights == 'as_is' else sum(
-        leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(self.params) if 'lookup' not in jax.tree_util.keystr(path))
-    needed = size.decode_bytes(self.cfg, row.length, row.batch, read_bytes, row.kv)
+    weights = None if row.weights == 'as_is' else speed_sampling.read_bytes(self.params)
+    needed = size.decode_bytes(self.cfg, row.length, row.batch, weights, row.kv)
     return self._result(seconds, row.batch, needed / self.about['bandwidth'], bytes_per_step=needed, path=path)
 
   def prefill(self, row: Row, repeats: int) -> dict:
     import numpy as np
 
-    from gemma4_jax import size
     from gemma4_jax.model import flash
     from gemma4_jax.sampling import generate
     ids_BT = np.random.default_rng(0).integers(3, self.cfg.vocab_size, (row.batch, row.length)).astype(np.int32)
@@ -205,7 +192,7 @@ class _Ours:
     import jax
     import jax.numpy as jnp
 
-    from gemma4_jax import compilation, size
+    from gemma4_jax import compilation
     from gemma4_jax.model import flash, transformer
     from gemma4_jax.training import optimizer, trainer
     c, cfg = base.get_config('mini'), self.cfg.replace(scan=True, remat='full')
@@ -226,7 +213,7 @@ class _Ours:
       state, found = step(state, batch)
       losses.append(float(found['loss']))
       seconds.append(time.perf_counter() - began)
-    _check_losses(losses)
+    speed.check_losses(losses)
     tokens = row.batch * row.length
     needed = tokens * size.training_flops(cfg, row.length)
     return self._result(seconds[1:], tokens, needed / self.about['matmul_peak_flops'], flops=needed, compile_seconds=compile_seconds,
@@ -263,7 +250,6 @@ class _Peer:
     return time.perf_counter() - began
 
   def _result(self, seconds, tokens, limit_seconds):
-    from gemma4_jax import hardware
     memory = self.torch.cuda.max_memory_allocated() if self.device == 'cuda' else hardware.peak_process_bytes()
     return {'tokens_per_s': tokens / seconds, 'seconds': seconds, 'share_of_limit': limit_seconds / seconds, 'peak_memory_bytes': memory,
             **self.about}
@@ -276,19 +262,16 @@ class _Peer:
           min_new_tokens=new))
 
   def prefill(self, row: Row, repeats: int) -> dict:
-    from gemma4_jax import size
     seconds = statistics.median([self._generate(row, 1) for _ in range(repeats + 1)][1:])
     needed = row.batch * size.prefill_flops(self.cfg, row.length)
     return self._result(seconds, row.batch * row.length, needed / self.about['matmul_peak_flops'])
 
   def decode(self, row: Row, repeats: int) -> dict:
-    from gemma4_jax import size
     new = 17
     one, many = (statistics.median([self._generate(row, count) for _ in range(repeats + 1)][1:]) for count in (1, new))
     return self._result((many - one) / (new - 1), row.batch, size.decode_bytes(self.cfg, row.length, row.batch) / self.about['bandwidth'])
 
   def train(self, row: Row, repeats: int) -> dict:
-    from gemma4_jax import size
     torch, losses = self.torch, []
     self.model.train().gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -305,15 +288,10 @@ class _Peer:
       losses.append(float(loss.detach()))
 
     seconds = [self._time(step) for _ in range(repeats + 1)][1:]
-    _check_losses(losses)
+    speed.check_losses(losses)
     tokens = row.batch * row.length
     return self._result(statistics.median(seconds), tokens,
                         tokens * size.training_flops(self.cfg, row.length) / self.about['matmul_peak_flops'])
-
-
-def _check_losses(losses):
-  if not losses[-1] < losses[0]:
-    raise RuntimeError(f'the loss did not fall ({losses}): this is no training step')
 
 
 def draw(have: dict, path: Path) -> None:

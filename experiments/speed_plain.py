@@ -14,13 +14,13 @@ from gemma4_jax.config import ModelConfig
 
 
 def make_step(cfg: ModelConfig):
-  """Returns (optimizer, (params, opt_state, batch) -> (params, opt_state, loss)); the batch is `trainer.make_step`'s."""
+  """Returns (optimizer, (State, batch) -> (State, loss)), of `trainer`'s State and batch."""
   tx = optax.adamw(1e-3)
 
-  def step(params, opt_state, batch):
-    value, grads = jax.value_and_grad(loss, argnums=1)(cfg, params, batch)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, value
+  def step(state, batch):
+    value, grads = jax.value_and_grad(loss, argnums=1)(cfg, state.params, batch)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    return state._replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state), value
   return tx, step
 
 

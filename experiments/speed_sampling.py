@@ -36,8 +36,7 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
     begin = time.perf_counter()
     next(session_steps)
     decode.append(time.perf_counter() - begin)
-  read = None if weights == 'as_is' else sum(leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-                                             if 'lookup' not in jax.tree_util.keystr(path))
+  read = None if weights == 'as_is' else read_bytes(params)
   step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch, read)
   result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind,
             'path': f'{cfg.matvec} matvec, attention of prompts {flash.choose(cfg.attention_implementation)}, '
@@ -54,6 +53,12 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
   return result | {'tokens_per_s': batch / seconds, 'bytes_per_step': step_bytes,
                    'share_of_limit': step_bytes / seconds / bandwidth,
                    'limit': 'bytes of weights and cache that a step reads over the measured read bandwidth'}
+
+
+def read_bytes(params) -> int:
+  """Of the weights, without the tables that are read by row: what a step of decoding reads."""
+  import jax
+  return sum(leaf.nbytes for path, leaf in jax.tree_util.tree_leaves_with_path(params) if 'lookup' not in jax.tree_util.keystr(path))
 
 
 def scanned(name: str, dtype: str, steps: int) -> dict:

@@ -15,7 +15,7 @@ ROWS = [Row('e2b-toy', 'prefill', 1, 40), Row('e2b-toy', 'decode', 2, 64), Row('
 
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
-  monkeypatch.setattr(speed, '_alone', lambda function, *args: function(*args))   # in no process of its own
+  monkeypatch.setattr(speed, 'alone', lambda function, *args: function(*args))   # in no process of its own
 
 
 def test_rows_that_follow_share_a_process_once():
@@ -44,7 +44,7 @@ def test_a_row_whose_process_dies_is_not_the_end_of_the_others(tmp_path, monkeyp
     if missing[0] == ROWS[0]:
       raise concurrent.futures.process.BrokenProcessPool()
     metrics.write_json(file, speed_device.read(file) | {row.name: {'what': row.what, 'error': 'none'} for row in missing})
-  monkeypatch.setattr(speed, '_alone', dies)
+  monkeypatch.setattr(speed, 'alone', dies)
   speed_device.run(ROWS[:2], tmp_path, float('inf'), repeats=1)
   found = speed_device.read(tmp_path / 'results.json')
   assert 'died' in found[ROWS[0].name]['error'] and found[ROWS[1].name]['error'] == 'none'

@@ -80,10 +80,10 @@ def test_the_plain_step_is_of_the_same_model():
   batch = {'tokens': ids, 'targets': ids, 'positions': pos, 'segments': seg, 'weights': weight}
   tx, step = speed_plain.make_step(cfg)
   ours = trainer.make_step(cfg, tx, accumulate=1, loss_chunk=16)
-  expected, row = quick.jit(ours)(trainer.State(jnp.int32(0), params, tx.init(params)), batch)
-  found, opt_state, loss = quick.jit(step)(params, tx.init(params), batch)
+  state = trainer.State(jnp.int32(0), params, tx.init(params))
+  (expected, row), (found, loss) = (quick.jit(one)(state, batch) for one in (ours, step))
   np.testing.assert_allclose(loss, row['loss'], rtol=2e-6)
-  for a, b in zip(jax.tree.leaves(opt_state[0].mu), jax.tree.leaves(expected.opt_state[0].mu), strict=True):   # of the gradients
+  for a, b in zip(jax.tree.leaves(found.opt_state[0].mu), jax.tree.leaves(expected.opt_state[0].mu), strict=True):   # of the gradients
     np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
 
 
@@ -92,7 +92,7 @@ def test_a_compile_is_timed_in_each_form(monkeypatch):
   forms, compiles = [], speed._compile
   monkeypatch.setattr(speed, 'NARROW', model_config.shrink(model_config.E2B, periods=2, remat='full'))
   monkeypatch.setattr(speed, '_compile', lambda form: forms.append(form) or compiles(form))
-  monkeypatch.setattr(speed, '_alone', lambda function, *args: function(*args))
+  monkeypatch.setattr(speed, 'alone', lambda function, *args: function(*args))
   found = speed._compiles(1)
   each = {form: times[0] for form, times in found['rounds'].items()}
   assert forms == ['one_by_one', 'scanned', 'plain'] and min(min(times.values()) for times in each.values()) > 0

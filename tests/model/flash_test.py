@@ -43,14 +43,14 @@ def logits(cfg, params, ids, pos, seg):
   return transformer.Transformer(cfg).apply({'params': params}, ids, pos, seg)[0]
 
 
-def in_chunks(cfg, params, ids, size, make=kv_cache.make):
-  cache, found = make(cfg, len(ids), ids.shape[1] + 8), []
+def in_chunks(cfg, params, ids, size):
+  cache, found = kv_cache.make(cfg, len(ids), ids.shape[1] + 8), []
   for start in range(0, ids.shape[1], size):
     part = ids[:, start:start + size]
     new, out = transformer.Transformer(cfg).apply({'params': params}, part, None, jnp.ones_like(part), cache=cache)
     cache = out['cache']
     found.append(new)
-  last, _ = transformer.Transformer(cfg).apply({'params': params}, part, None, jnp.ones_like(part).at[0, 7:].set(0), cache=make(
+  last, _ = transformer.Transformer(cfg).apply({'params': params}, part, None, jnp.ones_like(part).at[0, 7:].set(0), cache=kv_cache.make(
       cfg, len(ids), 300), last_only=True)
   return jnp.concatenate(found, axis=1), last
 
