@@ -1,7 +1,7 @@
 r"""Per-layer embeddings (PLE) against standard embeddings, with matched controls.
 
 Run:  python -m experiments.launch --config=configs/ple.py --workdir=runs/ple
-Time: about a quarter of an hour on two CPU cores, report included. Outcome: experiments/ple/README.md
+Time: 8 to 15 minutes on two CPU cores, report included. Outcome: experiments/ple/README.md
 
 Every arm at that size, 45 runs:  python -m experiments.launch --config=configs/ple.py:arms --workdir=runs/ple_arms
 Time: about three times as long. Outcome: experiments/ple/arms/README.md
@@ -14,10 +14,10 @@ equal size for all (another seed, a quarter of the steps):
 Any other argument is a model of configs/base.py (`configs/ple.py:e2b`) under the default sweep.
 """
 
-import json
 from pathlib import Path
 
 from configs import base
+from gemma4_jax import metrics as metrics_lib
 
 MATCHED = {'none =params': 'total_params', 'none =flops': 'flops', 'none =resident': 'resident_bytes'}
 ARMS = {
@@ -80,8 +80,8 @@ def _learning_rates(path):
   """{group: {arm: rate}} as `experiments.best_learning_rates` wrote it."""
   if not path or not Path(path).is_file():
     raise ValueError(f'configs/ple.py:study@FILE needs the file that experiments.best_learning_rates writes; {path or "none"} is no file')
-  rates = json.loads(Path(path).read_text())
-  missing = [f'{group}: {arm}' for group in SIZES for arm in ARMS if arm not in rates.get(group, {})]
+  rates = metrics_lib.read_json(Path(path), 'make it again with experiments.best_learning_rates')
+  missing = [f'{group}: {arm}' for group in SIZES for arm in ARMS if arm not in (rates.get(group) or {})]
   if missing:
     raise ValueError(f'{path} has no learning rate for {"; ".join(missing[:5])}')
   return rates

@@ -14,7 +14,7 @@ from gemma4_jax import config as model_config, config_file, metrics
 
 # Last part of a metric's name -> whether less of it is better. A primary metric must be one of them.
 _LOWER_IS_BETTER = {
-    'bits_per_byte': True, 'nats_per_token': True, 'loss': True, 'perplexity': True, 'accuracy': False, 'tokens_per_s': False}
+    'bits_per_byte': True, 'nats_per_token': True, 'loss': True, 'perplexity': True, 'accuracy': False}
 
 
 class Cost(NamedTuple):
@@ -72,7 +72,8 @@ def collect(workdir: pathlib.Path) -> list[Run]:
       state, reason = 'unfinished' if (folder / 'metrics.jsonl').exists() else 'missing', ''
     result = result or {'metrics': {}, 'costs': {}}
     numbers = {name: value for name, value in result['metrics'].items() if value is not None and math.isfinite(value)}
-    runs.append(Run(point, state, reason, numbers, result['costs'], _read_json(folder / 'env.json')))
+    env = metrics.read_json(folder / 'env.json', 'remove it to report the run without its environment') or {}
+    runs.append(Run(point, state, reason, numbers, result['costs'], env))
   return runs
 
 
@@ -94,6 +95,8 @@ def why_unpaired(a: Run, b: Run) -> list[str]:
   def fields(run):
     flat = config_file.flatten(run.point.config)
     chosen = {k: v for k, v in flat.items() if k in _PAIRED_CONFIG or (k.startswith('data.') and k not in _UNPAIRED_DATA)}
+    if flat['eval.max_batches']:   # the validation text they are scored on depends on both
+      chosen['eval.batch_size'] = flat['eval.batch_size']
     return chosen | {k: run.env.get(k) for k in _PAIRED_ENV}
   x, y = fields(a), fields(b)
   return [f'{k} ({x.get(k)!r} and {y.get(k)!r})' for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]
@@ -205,7 +208,7 @@ def _environment(runs: Sequence[Run]) -> dict:
 
 
 def _notes(runs: Sequence[Run], groups: Sequence[dict], primary: str) -> list[str]:
-  notes = [f'Arms {a} and {b} have the same config: an A/A comparison, which shows the noise.'
+  notes = [f'Arms {a} and {b} have the same config, and so the same runs: no evidence beside each other.'
            for a, b in manifest.twins([run.point for run in runs])]
   notes += [manifest.tell_match(point) for point in {(r.point.group, r.point.arm): r.point for r in runs if r.point.match}.values()]
   for group in groups:
@@ -215,21 +218,19 @@ def _notes(runs: Sequence[Run], groups: Sequence[dict], primary: str) -> list[st
         refused.setdefault(f'{c["arm"]} and {c["against"]} are not paired: they differ in {why}', []).append(str(seed))
     notes += [f'{text} (seed {", ".join(seeds)}).' for text, seeds in refused.items()]
   finished = [run for run in runs if run.state == 'done']
+  unknown = [name for name in dict.fromkeys(name for run in runs for name in run.point.metrics)
+             if finished and not any(name in run.metrics or name in run.costs for run in finished)]
+  if unknown:
+    notes.append(f'No run has {", ".join(unknown)}.')
   for key in _NOTED_ENV:
     said = {}
     for run in finished:
-      said.setdefault(json.dumps(run.env.get(key), sort_keys=True), []).append(run.point.name)
+      for env in (run.env, *run.env.get('before', ())):   # of one that was killed and went on, each process's
+        names = said.setdefault(json.dumps(env.get(key), sort_keys=True), [])
+        names += [] if run.point.name in names else [run.point.name]
     if len(said) > 1:
       notes.append(f'Runs differ in {key}: ' + '; '.join(f'{value} in {manifest.some(names)}' for value, names in said.items()) + '.')
-  if any(run.env.get('dirty') for run in finished):
+  if any(env.get('dirty') for run in finished for env in (run.env, *run.env.get('before', ()))):
     notes.append('The code had changes that its commit does not hold (dirty).')
   return notes
 
-
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, NotADirectoryError):
-    return {}
-  except ValueError as e:
-    raise manifest.Error(f'{path}: no JSON ({config_file.one_line(e)})') from e

@@ -2,10 +2,12 @@
 
   python -m experiments.best_learning_rates runs/ple_lr best.json
 
-Best is the lowest primary metric. An arm whose best rate is the least or the greatest tried is named: its trial was too narrow.
+Best is the lowest primary metric; a rate at which a run diverged is none. An arm whose best rate is the least or the greatest tried is
+named: its trial was too narrow.
 """
 
 import argparse
+import math
 import pathlib
 import sys
 
@@ -17,20 +19,24 @@ def best(workdir: pathlib.Path) -> tuple[dict[str, dict[str, float]], list[str]]
   """Returns ({group: {arm: rate}}, arms whose best rate lies at an end of those tried).
 
   Raises:
-    manifest.Error: a point is not done; every arm gets the same number of trials or none counts.
+    manifest.Error: a point is not done, as every arm gets the same number of trials or none counts; or an arm diverged at all rates.
   """
   tried: dict[tuple[str, str], dict[float, float]] = {}
   for point in manifest.read(workdir):
     done = manifest.done(point, workdir)
-    if done is None:
+    diverged = done is None and manifest.failure(point, workdir).startswith('NonFiniteLoss')
+    if done is None and not diverged:
       raise manifest.Error(f'{workdir}: {point.name} is not done; finish the trial: python -m experiments.launch --workdir={workdir}')
     arm = point.arm.rpartition(' @ ')[0]
     if not arm:
       raise manifest.Error(f'{workdir}: arm {point.arm!r} is no trial; arms of a trial are named ARM @ RATE')
-    tried.setdefault((point.group, arm), {})[point.config['optimizer']['learning_rate']] = done['metrics'][point.metrics[0]]
+    found = math.inf if diverged else done['metrics'].get(point.metrics[0], math.nan)
+    tried.setdefault((point.group, arm), {})[point.config['optimizer']['learning_rate']] = found if math.isfinite(found) else math.inf
   rates, ends = {}, []
   for (group, arm), found in tried.items():
     rate = min(found, key=found.get)
+    if found[rate] == math.inf:
+      raise manifest.Error(f'{workdir}: {group}: {arm} diverged at every rate; try lower ones')
     rates.setdefault(group, {})[arm] = rate
     if rate in (min(found), max(found)):
       ends.append(f'{group}: {arm} at {rate:g}')

@@ -1,8 +1,11 @@
 """Figures as all reports draw them. Not through pyplot: no global state, no display."""
 
+import io
 import pathlib
 
 import matplotlib.figure
+
+from gemma4_jax import metrics
 
 
 def grid(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs):
@@ -18,6 +21,7 @@ def grid(width: float, height: float, columns: int = 1, rows: int = 1, **kwargs)
 
 def save(figure: matplotlib.figure.Figure, path: pathlib.Path) -> pathlib.Path:
   """Writes a PNG beside `path`, then renames: a reader never sees half a picture."""
-  beside = path.with_name(f'.{path.stem}.part.png')
-  figure.savefig(beside, dpi=150)
-  return beside.replace(path)
+  png = io.BytesIO()
+  figure.savefig(png, dpi=150, format='png')
+  metrics.write_bytes(path, png.getvalue())
+  return path

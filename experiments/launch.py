@@ -12,7 +12,6 @@ log.txt, and at last DONE, or ERROR. Several launches may share a workdir: a poi
 from collections.abc import Callable, Sequence
 import concurrent.futures
 import contextlib
-import fcntl
 import importlib
 import multiprocessing
 import os
@@ -36,6 +35,7 @@ from gemma4_jax import config_file, hardware, metrics
 
 _BUSY = 75                # exit status of a child whose point another process is running (EX_TEMPFAIL)
 _GRACE = 20.0             # seconds between SIGTERM and SIGKILL
+_PATIENCE = 60            # seconds that a launch waits for another to write the manifest
 
 
 def plan(config_flag: str, config: ml_collections.ConfigDict, fixed: Sequence[str] = ()) -> list[manifest.Point]:
@@ -55,15 +55,27 @@ def settle(points: Sequence[manifest.Point], workdir: pathlib.Path, check: Calla
     tempfile.TemporaryFile(dir=workdir).close()
   except OSError as e:
     raise manifest.Error(f'--workdir={workdir}: cannot be written ({e.strerror}); choose another folder') from e
-  there = manifest.read(workdir) if (workdir / manifest.FILE).exists() else []
-  differs = manifest.difference(there, points)
-  if not differs:
-    return
-  if any((workdir / point.folder / 'metrics.jsonl').exists() for point in there):
-    raise manifest.Error(
-        f'--workdir={workdir} holds another sweep: {differs}. Choose another --workdir, or leave out --config to go on with that one')
-  check(points)
-  manifest.write(points, workdir)
+  for patience in range(_PATIENCE, -1, -1):
+    there = manifest.read(workdir) if (workdir / manifest.FILE).exists() else []
+    differs = manifest.difference(there, points)
+    if not differs:
+      return
+    refused = f'--workdir={workdir} holds another sweep: {differs}. Choose another --workdir, or leave out --config to go on with that one'
+    if any(_has_begun(workdir / point.folder) for point in there):
+      raise manifest.Error(refused)
+    with metrics.lock(workdir) as held:
+      if held:
+        check(points)
+        manifest.write(points, workdir)
+        return
+    if there or not patience:   # a launch is at work; of one that has no manifest yet, this may be a twin
+      raise manifest.Error(refused if there else f'--workdir={workdir}: another launch is beginning a sweep there; choose another --workdir')
+    time.sleep(1)
+
+
+def _has_begun(folder: pathlib.Path) -> bool:
+  """A point that failed before it left anything to keep has not."""
+  return folder.is_dir() and any(path.name not in ('lock', 'log.txt', 'ERROR') for path in folder.iterdir())
 
 
 def check_runs(points: Sequence[manifest.Point]) -> None:
@@ -84,7 +96,7 @@ def runner(point: manifest.Point):
 
 
 def _refused(points: Sequence[manifest.Point]) -> str:
-  for point in {p.label: p for p in points}.values():
+  for point in {p.label: p for p in reversed(points)}.values():
     try:
       runner(point).check(ml_collections.ConfigDict(point.config))
     except (ValueError, ImportError) as e:
@@ -96,7 +108,7 @@ def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None
   """Runs one point in this process and returns its exit status; `run` stands in for that of its runner in tests."""
   folder = workdir / point.folder
   folder.mkdir(parents=True, exist_ok=True)
-  with _lock(folder) as held:
+  with metrics.lock(folder) as held:
     if not held:
       print(f'{point.name} ({folder}) is being run by another process', file=sys.stderr)
       return _BUSY
@@ -221,22 +233,10 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
       process.wait()
 
 
-@contextlib.contextmanager
-def _lock(folder: pathlib.Path):
-  """Yields whether this process now holds the folder; the system lets go of it when the process ends, however it ends."""
-  with (folder / 'lock').open('a') as f:
-    try:
-      fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      yield False
-      return
-    yield True
-
-
 def _is_locked(folder: pathlib.Path) -> bool:
   if not (folder / 'lock').exists():
     return False
-  with _lock(folder) as held:
+  with metrics.lock(folder) as held:
     return not held
 
 
@@ -274,7 +274,7 @@ def _show_plan(points: Sequence[manifest.Point], workdir: pathlib.Path, console:
   for point in {(p.group, p.arm): p for p in points if p.match}.values():
     console.print(manifest.tell_match(point), markup=False, highlight=False, soft_wrap=True)
   for a, b in manifest.twins(points):
-    console.print(f'{a} and {b} have the same config: an A/A comparison.', markup=False, highlight=False)
+    console.print(f'{a} and {b} have the same config, and so the same runs.', markup=False, highlight=False)
 
 
 def _define_flags() -> None:
@@ -298,12 +298,28 @@ def _launch(argv: Sequence[str]) -> int:
   if not args.workdir:
     raise manifest.Error('--workdir=FOLDER is missing: where the sweep and its report go')
   workdir = pathlib.Path(args.workdir)
+  if args.index is not None and (args.plan or args.only):
+    raise manifest.Error('--index runs one point of the manifest: it goes with neither --plan nor --only')
   if args.config is None:
     points = manifest.read(workdir)
   else:
     flag = args['config']
     points = plan(flag.config_filename, args.config, list(flag.override_values))
     settle(points, workdir, check_runs)
+  with _at_work(points, workdir):
+    return _work(points, workdir, args, console)
+
+
+@contextlib.contextmanager
+def _at_work(points: Sequence[manifest.Point], workdir: pathlib.Path):
+  """Nobody replaces the manifest meanwhile; other launches of the same sweep may work beside."""
+  with metrics.lock(workdir, shared=True) as held:
+    if not held or manifest.difference(manifest.read(workdir), points):
+      raise manifest.Error(f'--workdir={workdir}: another launch is beginning a sweep there; choose another --workdir')
+    yield
+
+
+def _work(points: Sequence[manifest.Point], workdir: pathlib.Path, args, console: rich.console.Console) -> int:
   if args.index is not None:
     if args.index >= len(points):
       raise manifest.Error(f'--index={args.index}: {workdir / manifest.FILE} has points 0 to {len(points) - 1}')

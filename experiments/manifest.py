@@ -133,13 +133,16 @@ def read(workdir: pathlib.Path) -> list[Point]:
   """Raises Error if the workdir holds no manifest, or one that cannot be read."""
   path = workdir / FILE
   try:
-    return [Point(**json.loads(line)) for line in path.read_text().splitlines()]
+    points = [Point(**json.loads(line)) for line in path.read_bytes().splitlines()]
   except FileNotFoundError:
     raise Error(f'{workdir}: no {FILE} there; start a sweep with python -m experiments.launch --config=FILE --workdir={workdir}') from None
   except NotADirectoryError:
     raise Error(f'{workdir}: no folder') from None
   except (TypeError, ValueError) as e:
     raise Error(f'{path}: no manifest of this version ({one_line(e)}); use another folder') from e
+  if not points:
+    raise Error(f'{path}: holds no point; remove it, and start the sweep with --config')
+  return points
 
 
 def write(points: Sequence[Point], workdir: pathlib.Path) -> None:
@@ -149,12 +152,10 @@ def write(points: Sequence[Point], workdir: pathlib.Path) -> None:
 def done(point: Point, workdir: pathlib.Path) -> dict | None:
   """What a finished point left in DONE; None if it is not finished."""
   path = workdir / point.folder / 'DONE'
-  try:
-    return json.loads(path.read_text())
-  except (FileNotFoundError, NotADirectoryError):
-    return None
-  except ValueError as e:
-    raise Error(f'{path}: no JSON ({one_line(e)}); remove it to run {point.name} again') from e
+  result = metrics_lib.read_json(path, f'remove it to run {point.name} again')
+  if result is not None and not all(isinstance(result.get(name), dict) for name in ('metrics', 'costs')):
+    raise Error(f"{path}: without 'metrics' and 'costs'; remove it to run {point.name} again")
+  return result
 
 
 def failure(point: Point, workdir: pathlib.Path, returncode: int = 1) -> str:
@@ -191,7 +192,7 @@ def difference(there: Sequence[Point], now: Sequence[Point]) -> str:
 
 
 def twins(points: Sequence[Point]) -> list[tuple[str, str]]:
-  """Pairs of arms whose configs are equal but for the label: an A/A comparison."""
+  """Pairs of arms whose configs, and so runs, are equal but for the label."""
   first, pairs = {}, {}
   for point in points:
     other = first.setdefault(canonical(point.config, 'arm', 'group', 'match'), point)
@@ -212,7 +213,7 @@ def clash(a: Point, done_a: Mapping, b: Point, done_b: Mapping) -> str:
     return ''
   fields = [k for k, v in model(a).items() if v != model(b).get(k)]
   return (f'{a.name} ({a.folder}) and {b.name} ({b.folder}) have bit-identical logits after one step: '
-          f'model.{", model.".join(fields)} had no effect, so this is no ablation')
+          f'model.{", model.".join(fields)} had no effect, so this is no ablation; once it has, remove the folder of the arm to run it again')
 
 
 def canonical(config: Mapping, *without: str) -> str:
@@ -242,7 +243,7 @@ def _apply(config: ml_collections.ConfigDict, overrides: Mapping, index: int) ->
       kind = 'value: it is a section' if isinstance(node[field], ml_collections.ConfigDict) else type(node[field]).__name__
       raise Error(f'point {index} of the sweep: {path}: {value!r} is no {kind}') from None
   if not c.arm:
-    c.arm = ', '.join(f'{path.rpartition(".")[2]}={value}' for path, value in overrides.items() if path != 'seed') or 'default'
+    c.arm = ', '.join(f'{path.rpartition(".")[2]}={value}' for path, value in overrides.items() if path not in LABELS) or 'default'
   return c
 
 

@@ -6,20 +6,28 @@ import platform
 import subprocess
 import time
 
+_CODE = ('.py', '.cc')
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'grain', 'tokenizers')
 
 
 def code(results: Path | None = None) -> dict:
   """{'commit': of the checkout this package lies in, or None, 'dirty': whether files differ from it, 'python', 'versions'}.
 
+  New files count if they are code: what a run writes into the checkout does not make its code another.
+
   Args:
     results: a file of the checkout that holds results, row by row: it may differ.
   """
   def git(*args):
-    done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
+    try:
+      done = subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=False)
+    except FileNotFoundError:   # a machine without git
+      return ''
+    return done.stdout.rstrip() if done.returncode == 0 else ''
   but = [] if results is None else ['--', ':/', f':(exclude){results.resolve()}']
-  return {'commit': git('rev-parse', 'HEAD'), 'dirty': bool(git('status', '--porcelain', *but)),
+  changed = git('status', '--porcelain', '--untracked-files=all', *but).splitlines()
+  return {'commit': git('rev-parse', 'HEAD') or None,
+          'dirty': any(not line.startswith('??') or line.rstrip('"').endswith(_CODE) for line in changed),
           'python': platform.python_version(), 'versions': {name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 

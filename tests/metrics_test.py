@@ -6,7 +6,7 @@ import types
 import pytest
 
 from configs import base
-from gemma4_jax import metrics
+from gemma4_jax import config_file, metrics
 from gemma4_jax.training import trainer
 
 
@@ -39,7 +39,12 @@ def test_weights_and_biases_gets_the_rows_under_the_runs_name(tmp_path, monkeypa
   writer.write({'step': 1, 'loss': 2.0, 'fingerprint': 'text is left out'})
   writer.close()
   assert logged == [(1, {'step': 1, 'loss': 2.0}), 'finish']
-  assert (told['project'], told['name'], told['id'], told['resume']) == ('ablations', tmp_path.name, tmp_path.name, 'allow')
+  assert (told['project'], told['name'], told['resume']) == ('ablations', tmp_path.name, 'allow')
+  first = told['id']
+  (tmp_path / tmp_path.name).mkdir()   # the same point of another sweep
+  for folder, same in ((tmp_path, True), (tmp_path / tmp_path.name, False)):
+    metrics.Writer(folder, 0, c).close()
+    assert told['name'] == tmp_path.name and (told['id'] == first) == same
 
 
 @pytest.mark.parametrize('field, value, package', [('tensorboard', True, 'tensorboardX'), ('wandb', 'project', 'wandb')])
@@ -53,9 +58,31 @@ def test_a_missing_extra_is_named_before_anything_runs(field, value, package, mo
 
 def test_a_row_that_is_no_json_is_named_with_its_line(tmp_path):
   path = tmp_path / 'metrics.jsonl'
-  path.write_text('{"step": 1}\n{"step": oops}\n{"step": 3}\n')
-  with pytest.raises(ValueError, match='metrics.jsonl, line 2: no JSON'):
-    metrics.read_rows(path)
+  for line in (b'{"step": oops}', b'5', b'null', b'{"loss": 1}', b'\xff', b'[' * 100_000):
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(config_file.Error, match='metrics.jsonl, line 2: no JSON row .*; move .* away to start its run afresh'):
+      metrics.read_rows(path)
+
+
+def test_rows_that_a_checkpoint_goes_on_from_must_be_there(tmp_path):
+  c = base.get_config()
+  for text in ('', '{"step": 1}\n{"step": 2}\n', '{"step": 3}\n{"step": 4}\n'):
+    (tmp_path / 'metrics.jsonl').write_text(text)
+    with pytest.raises(config_file.Error, match='rows before step 4.*are missing; put the file back, or move'):
+      metrics.Writer(tmp_path, 4, c)
+    assert (tmp_path / 'metrics.jsonl').read_text() == text
+
+
+def test_two_processes_do_not_write_the_rows_of_one_run(tmp_path):
+  c = base.get_config()
+  writer = metrics.Writer(tmp_path, 0, c)
+  writer.write({'step': 1})
+  with pytest.raises(config_file.Error, match='another process trains this run'):
+    metrics.Writer(tmp_path, 0, c)
+  writer.write({'step': 2})
+  writer.close()
+  assert [row['step'] for row in metrics.read_rows(tmp_path / 'metrics.jsonl')] == [1, 2]
+  metrics.Writer(tmp_path, 2, c).close()
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypatch):

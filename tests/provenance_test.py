@@ -25,5 +25,10 @@ def test_a_file_of_results_alone_does_not_make_the_code_another(tmp_path, monkey
   assert dirty() == (False, False) and len(provenance.code()['commit']) == 40
   results.write_text('{}')
   assert dirty() == (True, False)
+  (tmp_path / 'runs').mkdir()
+  (tmp_path / 'runs' / 'config.json').touch()
+  assert dirty() == (True, False)
   (package / 'other.py').touch()
   assert dirty() == (True, True)
+  monkeypatch.setenv('PATH', str(tmp_path))
+  assert provenance.code()['commit'] is None and not provenance.code()['dirty']

@@ -167,7 +167,7 @@ def _jsonl(paths, text_field) -> Iterator[Document]:
         for number, line in enumerate(f, 1):
           if line.strip():
             yield _field(json.loads(line), text_field, f'{path}:{number}')
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
       raise ValueError(f'data.path: cannot read {path}, line {number}, as JSON lines: {e}') from e
 
 

@@ -42,6 +42,12 @@ def accumulator(nll: Callable, token_bytes: np.ndarray, token_counts: np.ndarray
   return sums
 
 
+def names(domains: Sequence[str]) -> list[str]:
+  """What `evaluate` can be asked to compare runs by: of all text, of each kind, and of each quarter."""
+  parts = ['', *(f'{domain}/' for domain in domains), *(f'frequency_q{q + 1}/' for q in range(QUARTERS))]
+  return [f'eval/{part}{unit}' for part in parts for unit in ('bits_per_byte', 'nats_per_token')]
+
+
 def evaluate(sums: Callable, params, batches: Iterable[dict], domains: Sequence[str]) -> dict[str, float]:
   """Runs an `accumulator` over batches and names what comes out; cells without tokens are left out."""
   total = np.zeros((3, len(domains), QUARTERS), np.float64)

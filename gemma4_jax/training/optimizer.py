@@ -47,9 +47,18 @@ def schedule(config: ml_collections.ConfigDict, peak: float, steps: int) -> opta
 def make(config: ml_collections.ConfigDict, steps: int) -> optax.GradientTransformation:
   """The optimizer of `config.optimizer` for a run of `steps`; frozen tables have no state and do not move."""
   c = config
-  for name in ('learning_rate', 'embedding_learning_rate'):
+  for name in ('learning_rate', 'embedding_learning_rate', 'eps'):
     if not c[name] > 0:
       raise ValueError(f'optimizer.{name}: {c[name]} is not positive')
+  for name in ('weight_decay', 'clip_norm'):
+    if not c[name] >= 0:
+      raise ValueError(f'optimizer.{name}: {c[name]} is negative')
+  for name in ('b1', 'b2'):
+    if not 0 <= c[name] < 1:
+      raise ValueError(f'optimizer.{name}: {c[name]} is not from 0 up to, not including, 1')
+  for name in ('end_scale', 'decay_fraction'):
+    if not 0 <= c[name] <= 1:
+      raise ValueError(f'optimizer.{name}: {c[name]} is not between 0 and 1')
   rate = lambda peak: optax.scale_by_learning_rate(_once(schedule(c, peak, steps)))
   trained = optax.chain(
       _clip(c.clip_norm) if c.clip_norm else optax.identity(),

@@ -25,7 +25,7 @@ import rich.progress as rich_progress
 
 from gemma4_jax import compilation, config as model_config, config_file, hardware, metrics, sharding, size
 from gemma4_jax.checkpoint import orbax
-from gemma4_jax.data import batching, corpus
+from gemma4_jax.data import batching, corpus, sources
 from gemma4_jax.evaluation import perplexity
 from gemma4_jax.model import flash, transformer
 from gemma4_jax.training import identity, losses, optimizer
@@ -127,21 +127,27 @@ class _Run:
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
-  """Trains to `config.train.steps` and returns what DONE holds. A second call on a folder goes on from its last checkpoint.
+  """Trains to `config.train.steps` and returns what DONE holds. A second call on a folder goes on from its last checkpoint; on one that is
+  done it only reads DONE.
 
   Leaves in `workdir`: config.json, tokenizer.json, env.json, metrics.jsonl (one row a step), checkpoints/, and at the end DONE:
   a JSON object of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit, but
-  for the clock's (tokens_per_s, mfu).
+  for the clock's and the memory's (tokens_per_s, mfu, peak_memory_bytes).
 
   Raises:
-    ValueError: a config that cannot run, or a folder of another config; nothing in the folder is changed.
+    ValueError: a config that cannot run, or a folder of another config or other data; nothing in the folder is changed.
     NonFiniteLoss: names the step, the batch's rows and the last checkpoint.
     OSError: rows or checkpoints cannot be written any more; the run goes on from its last checkpoint when they can.
   """
   cfg = check(config)
   workdir = Path(workdir)
   _refuse_other_config(config, workdir)
+  done = metrics.read_json(workdir / 'DONE', 'remove it to finish the run again from its last checkpoint')
+  if done is not None:
+    logging.info('%s: is done', workdir)
+    return done
   data = corpus.prepare(config.data)
+  identity.check_data(data, workdir)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     flash.choose(cfg.attention_implementation)   # or raises, while nothing is written
@@ -170,22 +176,31 @@ def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
     raise ValueError(f'data.vocab_size: {config.data.vocab_size} is not model.vocab_size = {cfg.vocab_size}')
   if config.data.sequence_length > cfg.context_length:
     raise ValueError(f'data.sequence_length: {config.data.sequence_length} is over model.context_length = {cfg.context_length}')
-  positive = {'data': ('batch_size', 'sequence_length'), 'optimizer': ('accumulate',), 'eval': ('batch_size',),
-              'train': ('steps', 'log_every', 'checkpoint_every', 'keep_checkpoints', 'loss_chunk')}
-  for section, fields in positive.items():
+  at_least = {1: ('data.batch_size', 'data.sequence_length', 'optimizer.accumulate', 'eval.batch_size', 'train.steps', 'train.log_every',
+                  'train.checkpoint_every', 'train.keep_checkpoints', 'train.loss_chunk'),
+              0: ('seed', 'data.max_bytes', 'eval.every', 'eval.max_batches')}
+  flat = config_file.flatten(config.to_dict())
+  for least, fields in at_least.items():
     for field in fields:
-      if config[section][field] < 1:
-        raise ValueError(f'{section}.{field}: {config[section][field]} is not positive')
+      if flat[field] < least:
+        raise ValueError(f'{field}: {flat[field]} is not positive' if least else f'{field}: {flat[field]} is negative')
+  if config.data.batch_size % config.optimizer.accumulate:
+    raise ValueError(f'data.batch_size: {config.data.batch_size} does not divide into optimizer.accumulate = '
+                     f'{config.optimizer.accumulate} microbatches')
+  known = ['train/loss', *perplexity.names(sources.DOMAINS)]
+  if config.primary_metric not in known:
+    raise ValueError(f'primary_metric: a run has no {config.primary_metric!r}; did you mean '
+                     f'{model_config.nearest(config.primary_metric, known)!r}?')
   optimizer.make(config.optimizer, config.train.steps)
   metrics.check(config)
   return cfg
 
 
 def _refuse_other_config(config, workdir):
-  path = workdir / 'config.json'
-  if not path.is_file():
+  there = metrics.read_json(workdir / 'config.json', 'choose another workdir')
+  if there is None:
     return
-  ours, theirs = (config_file.flatten(json.loads(text)) for text in (config.to_json(), path.read_text()))
+  ours, theirs = config_file.flatten(json.loads(config.to_json())), config_file.flatten(there)
   names = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
   if names:
     raise ValueError(f'{workdir}: holds a run of another config; it differs in {", ".join(names)}. Choose another workdir.')
@@ -215,13 +230,16 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
   if start:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     state, place = checkpoints.restore(start, abstract)
+    if not isinstance(place.get('iterator'), str):
+      raise ValueError(f'{r.workdir}: the checkpoint of step {start} does not say where in the data it was; '
+                       f'remove {r.workdir / orbax.RUN / str(start)} to go back to the one before it')
     batches.set_state(place['iterator'].encode())
     logging.info('%s: goes on from step %d', r.workdir, start)
   if lead:
     attention = flash.choose(cfg.attention_implementation)
     logging.info('%s: attention by %s', r.workdir, attention)
-    metrics.write_json(r.workdir / 'env.json', identity.environment(r.data, r.mesh) | {'attention': attention})
-  writer = metrics.Writer(r.workdir, start, config) if lead else None
+    writer = metrics.Writer(r.workdir, start, config)
+    metrics.write_json(r.workdir / identity.FILE, identity.environment(r.data, r.mesh, r.workdir) | {'attention': attention})
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,
                     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(r.mesh)))
@@ -253,7 +271,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
       unread.clear()
       speed = tokens * (step - last_row) / (time.perf_counter() - since)
       row = {'step': step, **row, 'learning_rate': float(rate(step - 1)), 'tokens_per_s': speed,
-             'mfu': speed * flops_per_token / peak}
+             'mfu': speed * flops_per_token / peak, 'peak_memory_bytes': hardware.peak_memory_bytes()}
       if step == 1:
         row['fingerprint'] = identity.fingerprint(cfg, state.params, arrays, r.mesh)
       if evaluated:
@@ -271,14 +289,15 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
 
 
 def _summary(r: _Run, compile_seconds: float | None, wall_seconds: float) -> dict:
-  """What DONE holds; the seconds are those of the last process that worked on the run, None if it had only to finish."""
+  """What DONE holds; the seconds are those of the last process that worked on the run, None if it had only to finish; peak memory is
+  the most of all."""
   rows = metrics.read_rows(r.workdir / 'metrics.jsonl')
   return {
       'metrics': {name: value for name, value in rows[-1].items() if name.startswith('eval/')} | {'train/loss': rows[-1]['loss']},
       'fingerprint': rows[0]['fingerprint'],
       'costs': size.costs(r.cfg, r.config.data.sequence_length) | {
           'tokens_per_s': float(np.median([row['tokens_per_s'] for row in rows])),
-          'peak_memory_bytes': hardware.peak_memory_bytes(),
+          'peak_memory_bytes': max([row['peak_memory_bytes'] for row in rows if 'peak_memory_bytes' in row], default=None),
           'compile_seconds': compile_seconds, 'wall_seconds': wall_seconds}}
 
 

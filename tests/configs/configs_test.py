@@ -57,12 +57,36 @@ def test_the_study_takes_the_rates_of_its_trial(tmp_path):
     (tmp_path / p.folder).mkdir()
     rate = p.config['optimizer']['learning_rate']
     best = 2e-3 if p.config['model']['embedding'] == 'ple' else 4e-3
-    (tmp_path / p.folder / 'DONE').write_text(json.dumps({'metrics': {'eval/bits_per_byte': 1 + abs(rate - best)}}))
+    (tmp_path / p.folder / 'DONE').write_text(json.dumps({'metrics': {'eval/bits_per_byte': 1 + abs(rate - best)}, 'costs': {}}))
   best_learning_rates.main([str(tmp_path), str(tmp_path / 'best.json')])
   study = expand(f'ple.py:study@{tmp_path}/best.json')
   assert {(p.group, p.arm) for p in study} == arms and {p.seed for p in study} == {0, 1, 2} and len(study) == 3 * len(arms)
   assert {p.config['optimizer']['learning_rate'] for p in study if p.config['model']['embedding'] == 'ple'} == {2e-3}
   assert {p.config['optimizer']['learning_rate'] for p in study if p.arm == 'none'} == {4e-3}
+  (tmp_path / 'best.json').write_text('[]')
+  with pytest.raises(ValueError, match='best.json: no JSON object .*make it again'):
+    expand(f'ple.py:study@{tmp_path}/best.json')
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_the_best(tmp_path):
+  trial = [p for p in expand('ple.py:study-lr') if p.arm.startswith('none @')][:4]
+  rates = sorted(p.config['optimizer']['learning_rate'] for p in trial)
+  manifest.write(trial, tmp_path)
+  for p in trial:
+    (tmp_path / p.folder).mkdir()
+    rate = p.config['optimizer']['learning_rate']
+    if rate == rates[3]:
+      (tmp_path / p.folder / 'ERROR').write_text('NonFiniteLoss: step 3: loss not finite\n')
+    else:
+      value = float('nan') if rate == rates[0] else rate
+      (tmp_path / p.folder / 'DONE').write_text(json.dumps({'metrics': {'eval/bits_per_byte': value}, 'costs': {}}))
+  found, ends = best_learning_rates.best(tmp_path)
+  assert found == {trial[0].group: {'none': rates[1]}} and not ends
+  for p in trial:
+    (tmp_path / p.folder / 'DONE').unlink(missing_ok=True)
+    (tmp_path / p.folder / 'ERROR').write_text('NonFiniteLoss: step 3: loss not finite\n')
+  with pytest.raises(manifest.Error, match='none diverged at every rate'):
+    best_learning_rates.best(tmp_path)
 
 
 def test_an_unfinished_trial_and_a_study_without_one_are_one_clear_error(tmp_path):

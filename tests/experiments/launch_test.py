@@ -16,7 +16,7 @@ import rich.console
 
 from configs import base
 from experiments import launch, manifest, progress
-from gemma4_jax import hardware
+from gemma4_jax import hardware, metrics
 
 ROOT = pathlib.Path(launch.__file__).parents[1]
 SWEEP = [{'seed': seed, 'arm': arm, 'model.embedding': arm} for seed in range(2) for arm in ('none', 'ple')]
@@ -105,7 +105,7 @@ def test_a_point_that_another_process_runs_is_left_to_it(sweep):
   first = sweep.folders[0]
   first.mkdir()
   with contextlib.ExitStack() as other:
-    assert other.enter_context(launch._lock(first))
+    assert other.enter_context(metrics.lock(first))
     started = []
     def starting(point):   # the other process is done when all the rest has started
       started.append(point.name)
@@ -160,7 +160,7 @@ def test_a_run_gets_its_config_and_folder_and_clears_an_old_error(sweep, tmp_pat
   (sweep.folders[1] / 'ERROR').write_text('old')
   def run(config, folder):
     assert config.model.embedding == 'ple' and config.seed == 0 and folder == sweep.folders[1]
-    (folder / 'DONE').write_text('{}')
+    (folder / 'DONE').write_text(json.dumps({'metrics': {}, 'costs': {}}))
   assert launch.run_point(sweep.points[1], tmp_path, run) == 0
   assert not (sweep.folders[1] / 'ERROR').exists()
   assert launch.run_point(sweep.points[1], tmp_path, None) == 0    # done: nothing is imported or run
@@ -173,7 +173,7 @@ def test_a_run_that_ends_without_done_has_failed(sweep, tmp_path):
 
 def test_a_point_is_not_run_twice_at_once(sweep, tmp_path, capsys):
   sweep.folders[0].mkdir()
-  with launch._lock(sweep.folders[0]):
+  with metrics.lock(sweep.folders[0]):
     assert launch.run_point(sweep.points[0], tmp_path, lambda config, folder: 1 / 0) == launch._BUSY
   assert 'by another process' in capsys.readouterr().err
 
@@ -192,6 +192,30 @@ def test_a_sweep_of_which_nothing_ran_gives_way(sweep, tmp_path):
   assert manifest.read(tmp_path)[0].config['train']['steps'] == 7
 
 
+def test_a_sweep_gives_way_to_no_other_while_a_launch_works_on_it(sweep, tmp_path):
+  """It may be preparing its data: no point has a folder yet."""
+  with launch._at_work(sweep.points, tmp_path):
+    launch.settle(manifest.expand(config(), SWEEP), tmp_path, check=None)   # a second launch of the same
+    with launch._at_work(sweep.points, tmp_path):
+      with pytest.raises(manifest.Error, match='holds another sweep'):
+        launch.settle(manifest.expand(config(steps=7), SWEEP), tmp_path, check=None)
+  manifest.write(manifest.expand(config(steps=7), SWEEP), tmp_path)
+  with pytest.raises(manifest.Error, match='another launch'), launch._at_work(sweep.points, tmp_path):
+    pass
+
+
+def test_a_sweep_of_another_runner_has_begun_too_when_it_left_anything(sweep, tmp_path):
+  folder = sweep.folders[0]
+  folder.mkdir()
+  for name in ('lock', 'log.txt', 'ERROR'):
+    (folder / name).write_text('')
+  launch.settle(manifest.expand(config(steps=7), SWEEP), tmp_path, check=lambda points: None)
+  manifest.write(sweep.points, tmp_path)
+  (folder / 'DONE').write_text(json.dumps({'metrics': {}, 'costs': {}}))
+  with pytest.raises(manifest.Error, match='holds another sweep'):
+    launch.settle(manifest.expand(config(steps=7), SWEEP), tmp_path, check=lambda points: None)
+
+
 def test_what_the_check_refuses_writes_no_manifest(sweep, tmp_path):
   def check(points):
     raise manifest.Error('no')
@@ -202,6 +226,12 @@ def test_what_the_check_refuses_writes_no_manifest(sweep, tmp_path):
 
 @pytest.mark.parametrize('fields, said', [
     ({'train.steps': 5}, 'optimizer.warmup_steps'),
+    ({'primary_metric': 'eval/bits_per_bite'}, "primary_metric: a run has no 'eval/bits_per_bite'; did you mean 'eval/bits_per_byte'?"),
+    ({'optimizer.accumulate': 3}, 'data.batch_size: 8 does not divide into optimizer.accumulate = 3'),
+    ({'optimizer.clip_norm': -1.0}, 'optimizer.clip_norm: -1.0 is negative'),
+    ({'optimizer.b1': 1.5}, 'optimizer.b1: 1.5 is not from 0'),
+    ({'eval.max_batches': -1}, 'eval.max_batches: -1 is negative'),
+    ({'seed': -1}, 'seed: -1 is negative'),
     ({'model.vocab_size': 64}, 'data.vocab_size: 4096 is not model.vocab_size = 64'),
     ({'data.sequence_length': 4096}, 'data.sequence_length: 4096 is over model.context_length')], ids=str)
 def test_the_trainer_is_asked_about_every_arm_before_anything_runs(fields, said):
@@ -248,6 +278,7 @@ def test_a_workdir_that_another_user_may_only_read_is_one_line():
     (['--workdir={tmp}/empty'], 'no manifest.jsonl there'),
     (['--config=configs/ple.py', '--workdir={tmp}/file'], 'cannot be written'),
     (['--workdir={tmp}', '--index=4'], 'has points 0 to 3'),
+    (['--workdir={tmp}', '--index=0', '--plan'], 'with neither --plan nor --only'),
     (['--workdir={tmp}', '--only=pel'], "--only=pel: no such arm; did you mean 'ple'?"),
     (['--workdir={tmp}', 'typo'], 'typo: unexpected'),
 ])
@@ -296,7 +327,7 @@ def test_a_config_that_names_a_runner_is_checked_and_run_by_it(tmp_path, monkeyp
     raise ValueError(f'no {config.arm}')
   def run(config, folder):
     ran.append(config.arm)
-    (folder / 'DONE').write_text('{}')
+    (folder / 'DONE').write_text(json.dumps({'metrics': {}, 'costs': {}}))
   monkeypatch.setitem(sys.modules, 'a_runner', types.SimpleNamespace(check=check, run=run))
   c = config()
   c.runner = 'a_runner'

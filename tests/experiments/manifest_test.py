@@ -54,6 +54,21 @@ def test_an_arm_without_a_label_is_named_after_what_it_sets():
   assert (unnamed.arm, named.arm) == ('default', 'window=16, qk_norm=False')
 
 
+def test_a_group_is_no_part_of_an_arms_name():
+  points = manifest.expand(config(), [{'group': 'small', 'seed': seed, 'model.window': 16} for seed in range(2)])
+  assert {p.label for p in points} == {'small/window=16'}
+
+
+@pytest.mark.parametrize('text, said', [
+    ('{', 'no JSON object'), ('[]', 'no JSON object .list where'), ('{}', "without 'metrics' and 'costs'"), ('\udcff', 'no JSON object')])
+def test_a_damaged_summary_is_one_error_that_names_the_way_on(tmp_path, text, said):
+  point, = manifest.expand(config(), [{}])
+  (tmp_path / point.folder).mkdir()
+  (tmp_path / point.folder / 'DONE').write_bytes(text.encode(errors='surrogateescape'))
+  with pytest.raises(manifest.Error, match=f'DONE: {said}.*; remove it to run default s0 again'):
+    manifest.done(point, tmp_path)
+
+
 def test_a_sweep_may_ask_for_the_configs_argument(tmp_path):
   (tmp_path / 'c.py').write_text('def get_config(arg="a"):\n  pass\ndef sweep(add, arg):\n  add({"arm": arg})\n')
   assert manifest.get_sweep(*config_file.load(f'{tmp_path / "c.py"}:big')) == [{'arm': 'big'}]

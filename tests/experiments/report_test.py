@@ -30,10 +30,11 @@ def make(workdir, sweep=SWEEP, metrics=('eval/nats_per_token',), **fields):
   c.train.steps = 30
   c.update_from_flattened_dict(fields)
   points = manifest.expand(c, sweep, metrics)
+  workdir.mkdir(exist_ok=True)
   manifest.write(points, workdir)
   for point in points:
     folder = workdir / point.folder
-    folder.mkdir()
+    folder.mkdir(parents=True)
     value = VALUES.get(point.arm, (2.0, 2.0, 2.0))[point.seed]
     done = {'metrics': {'eval/bits_per_byte': value, 'eval/nats_per_token': 2 * value}, 'fingerprint': point.folder,
             'costs': COSTS | ({'params/total': 1_500_000} if point.arm == 'ple' else {})}
@@ -168,6 +169,27 @@ def test_runs_of_several_commits_are_noted(tmp_path):
   notes = analyse(tmp_path)['notes']
   assert any(note.startswith('Runs differ in commit: ') and '"def" in ple s1' in note for note in notes)
   assert any('dirty' in note and 'changes' in note for note in notes)
+
+
+def test_a_run_that_went_on_under_another_commit_is_noted(tmp_path):
+  make(tmp_path)
+  edit(folder(tmp_path, 'ple', 1) / 'env.json', before=[{**ENV, 'commit': 'older'}])
+  notes = analyse(tmp_path)['notes']
+  assert any('Runs differ in commit' in note and '"older" in ple s1' in note for note in notes)
+
+
+def test_a_metric_that_no_run_has_is_told(tmp_path):
+  make(tmp_path, metrics=('eval/nats_per_tokn',))
+  assert 'No run has eval/nats_per_tokn.' in analyse(tmp_path)['notes']
+
+
+def test_where_validation_is_cut_short_the_batches_decide_what_is_seen(tmp_path):
+  sweep = [{**fields, 'eval.batch_size': 4} if fields['arm'] == 'ple' else fields for fields in SWEEP]
+  make(tmp_path / 'whole', sweep)
+  make(tmp_path / 'cut', sweep, **{'eval.max_batches': 2})
+  assert not comparison(analyse(tmp_path / 'whole'), 'ple')['metrics']['eval/bits_per_byte']['refused']
+  refused = comparison(analyse(tmp_path / 'cut'), 'ple')['metrics']['eval/bits_per_byte']['refused']
+  assert len(refused) == 3 and all('eval.batch_size (4 and 16)' in why for why in refused.values())
 
 
 def test_any_arm_can_be_the_baseline(tmp_path):

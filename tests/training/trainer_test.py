@@ -22,7 +22,8 @@ from gemma4_jax.training import optimizer, trainer
 from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLOCK = {'tokens_per_s', 'mfu'}
+CLOCK = {'tokens_per_s', 'mfu', 'peak_memory_bytes'}
+SMALLER = {'model.num_layers': 2, 'model.num_kv_shared_layers': 0}
 WORDS = 'per layer embeddings are small vectors that a table gives to every token in every layer of the model'.split()
 
 
@@ -74,6 +75,35 @@ def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   assert {'params/total', 'flops_per_token', 'resident_bytes', 'tokens_per_s', 'peak_memory_bytes'} <= set(done['costs'])
   environment = json.loads((tmp_path / 'run' / 'env.json').read_text())
   assert environment['attention'] == 'xla' and len(environment['corpus_hash']) == 64 and environment['versions']['jax'] == jax.__version__
+  assert environment['before'] == []
+  whole = {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()}
+  assert trainer.run(tiny(corpus), tmp_path / 'run') == json.loads(json.dumps(done))   # what is done stays as it is, costs and commit too
+  assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == whole
+
+
+def test_a_run_that_goes_on_keeps_what_was_true_of_it_before_and_refuses_other_text(corpus, tmp_path):
+  c, run = tiny(corpus, **SMALLER, **{'train.steps': 4, 'train.checkpoint_every': 2, 'eval.max_batches': 1}), tmp_path / 'run'
+  trainer.run(c, run)
+  (run / 'DONE').unlink()
+  first = json.loads((run / 'env.json').read_text())
+  metrics.write_json(run / 'env.json', {**first, 'commit': 'another'})
+  found = metrics.read_rows(run / 'metrics.jsonl')
+  found[0]['peak_memory_bytes'] = 1 << 50
+  (run / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in found))
+  assert trainer.run(c, run)['costs']['peak_memory_bytes'] == 1 << 50
+  environment = json.loads((run / 'env.json').read_text())
+  assert environment['commit'] == first['commit'] and [env['commit'] for env in environment['before']] == ['another']
+
+  (run / 'DONE').unlink()
+  before = {path: path.read_bytes() for path in run.rglob('*') if path.is_file()}
+  text = (corpus / 'text.jsonl').read_text()
+  try:
+    (corpus / 'text.jsonl').write_text(text.replace('small', 'laaaaarge', 7))
+    with pytest.raises(ValueError, match='holds a run of other data .corpus_hash .* there, .* now.; bring the text back'):
+      trainer.run(c, run)
+  finally:
+    (corpus / 'text.jsonl').write_text(text)
+  assert {path: path.read_bytes() for path in run.rglob('*') if path.is_file()} == before
 
 
 @pytest.mark.slow
@@ -148,7 +178,6 @@ def test_killed_while_training_and_while_saving_it_ends_in_the_same_bits(corpus,
   assert json.loads((cut / 'DONE').read_text())['metrics'] == whole['metrics']
 
 
-SMALLER = {'model.num_layers': 2, 'model.num_kv_shared_layers': 0}
 DIVERGING = {'optimizer.learning_rate': 1e30, 'optimizer.embedding_learning_rate': 1e30, 'optimizer.clip_norm': 0.0}
 
 
