@@ -69,7 +69,7 @@ def settle(points: Sequence[manifest.Point], workdir: pathlib.Path, check: Calla
         manifest.write(points, workdir)
         return
     if there or not patience:   # a launch is at work; of one that has no manifest yet, this may be a twin
-      raise manifest.Error(refused if there else f'--workdir={workdir}: another launch is beginning a sweep there; choose another --workdir')
+      raise manifest.Error(refused if there else _taken(workdir))
     time.sleep(1)
 
 
@@ -315,8 +315,12 @@ def _at_work(points: Sequence[manifest.Point], workdir: pathlib.Path):
   """Nobody replaces the manifest meanwhile; other launches of the same sweep may work beside."""
   with metrics.lock(workdir, shared=True) as held:
     if not held or manifest.difference(manifest.read(workdir), points):
-      raise manifest.Error(f'--workdir={workdir}: another launch is beginning a sweep there; choose another --workdir')
+      raise manifest.Error(_taken(workdir))
     yield
+
+
+def _taken(workdir: pathlib.Path) -> str:
+  return f'--workdir={workdir}: another launch is beginning a sweep there; choose another --workdir'
 
 
 def _work(points: Sequence[manifest.Point], workdir: pathlib.Path, args, console: rich.console.Console) -> int:

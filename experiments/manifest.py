@@ -213,7 +213,7 @@ def clash(a: Point, done_a: Mapping, b: Point, done_b: Mapping) -> str:
     return ''
   fields = [k for k, v in model(a).items() if v != model(b).get(k)]
   return (f'{a.name} ({a.folder}) and {b.name} ({b.folder}) have bit-identical logits after one step: '
-          f'model.{", model.".join(fields)} had no effect, so this is no ablation; once it has, remove the folder of the arm to run it again')
+          f"model.{', model.'.join(fields)} had no effect, so this is no ablation. When it has, remove the arm's folder to run it again")
 
 
 def canonical(config: Mapping, *without: str) -> str:

@@ -39,7 +39,7 @@ def ours(name: str, what: str, dtype: str, batch: int, repeats: int, weights: st
   read = None if weights == 'as_is' else read_bytes(params)
   step_bytes = size.decode_bytes(cfg, PROMPT + NEW // 2, batch, read)
   result = {'library': f'jax {jax.__version__}', 'device': jax.devices()[0].device_kind,
-            'path': f'{cfg.matvec} matvec, attention of prompts {flash.choose(cfg.attention_implementation)}, '
+            'path': f'{quantized.matmul(cfg, params)}, attention of prompts {flash.choose(cfg.attention_implementation)}, '
                     f'weights {dtype if weights == "as_is" else weights}',
             'init_seconds': init_seconds, 'first_seconds': prefill[0] + decode[0], 'cache_bytes': session.cache_bytes,
             'peak_memory_bytes': hardware.peak_memory_bytes()}

@@ -39,31 +39,44 @@ def make_mesh(config: Mapping[str, int], devices: Sequence[jax.Device] | None = 
   Args:
     devices: None: all that are here.
   Raises:
+    ValueError: as `sizes`.
+  """
+  found = sizes(config, jax.device_count() if devices is None else len(devices))
+  # linen's logical partitioning needs Auto axes; jax.make_mesh defaults to Explicit
+  return jax.make_mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def sizes(config: Mapping[str, int], count: int) -> tuple[int, ...]:
+  """Of the AXES, of `make_mesh(config)` over `count` devices.
+
+  Raises:
     ValueError: an axis that there is not, or sizes that do not multiply to the number of devices, with both numbers.
   """
   for axis in config:
     if axis not in AXES:
       raise ValueError(f'mesh: {axis!r} is none of {", ".join(AXES)}; did you mean {nearest(axis, AXES)!r}?')
-  sizes = [config.get(axis, 1) for axis in AXES]
-  count = jax.device_count() if devices is None else len(devices)
-  known = int(np.prod([size for size in sizes if size != -1]))
-  text = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+  found = [config.get(axis, 1) for axis in AXES]
+  known, filled = int(np.prod([size for size in found if size != -1])), -1 in found
+  text = ', '.join(f'{axis}={size}' for axis, size in zip(AXES, found))
+  if found.count(-1) > 1 or any(size < 1 and size != -1 for size in found):
     raise ValueError(f'mesh: {text}: sizes are positive, and at most one is -1')
-  if -1 in sizes and count % known == 0:
-    sizes[sizes.index(-1)] = count // known
-  if int(np.prod(sizes)) != count:
-    raise ValueError(f'mesh: {text} asks for a multiple of {known} devices; there are {count}')
-  # linen's logical partitioning needs Auto axes; jax.make_mesh defaults to Explicit
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  if -1 in found and count % known == 0:
+    found[found.index(-1)] = count // known
+  if int(np.prod(found)) != count:
+    asked = f'a multiple of {known} devices' if filled else f'{known} devices (-1 takes what is left)'
+    raise ValueError(f'mesh: {text} asks for {asked}; there are {count}')
+  return tuple(found)
 
 
 def parse(text: str) -> dict[str, int]:
   """'fsdp=8,tensor=4' as `make_mesh` takes it. Raises ValueError."""
   try:
-    return {axis.strip(): int(size) for axis, size in (part.split('=') for part in text.split(',') if part)}
+    pairs = [(axis.strip(), int(size)) for axis, size in (part.split('=') for part in text.split(',') if part)]
   except ValueError:
     raise ValueError(f'mesh: {text!r} is no list of AXIS=SIZE with commas between, as fsdp=8,tensor=4') from None
+  if len(dict(pairs)) != len(pairs):
+    raise ValueError(f'mesh: {text!r} names an axis twice')
+  return dict(pairs)
 
 
 def spec(mesh: Mesh | AbstractMesh, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:

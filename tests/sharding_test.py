@@ -144,7 +144,8 @@ def test_axes_map_to_the_mesh_and_what_it_cannot_divide_is_whole_or_refused():
     sharding.spec(mesh(tensor=3), (8, 16, 32), ('heads', 'head_dim', 'embed'))
 
 
-@pytest.mark.parametrize(('text', 'match'), [('fsdp', 'is no list of AXIS=SIZE'), ('fsdp=x', 'is no list of AXIS=SIZE')])
+@pytest.mark.parametrize(('text', 'match'), [('fsdp', 'is no list of AXIS=SIZE'), ('fsdp=x', 'is no list of AXIS=SIZE'),
+                                             ('fsdp=2,fsdp=1', 'names an axis twice')])
 def test_a_mesh_on_the_command_line_is_a_list_of_sizes(text, match):
   assert sharding.parse('fsdp=8, tensor=4') == {'fsdp': 8, 'tensor': 4}
   with pytest.raises(ValueError, match=match):
@@ -154,5 +155,8 @@ def test_a_mesh_on_the_command_line_is_a_list_of_sizes(text, match):
 def test_a_mesh_that_does_not_fit_the_devices_says_both_numbers():
   with pytest.raises(ValueError, match="mesh: 'tensors' is none of .* did you mean 'tensor'"):
     sharding.make_mesh({'tensors': 2})
-  with pytest.raises(ValueError, match='fsdp=3, tensor=1, expert=1 asks for a multiple of 3 devices; there are 1'):
+  with pytest.raises(ValueError, match='fsdp=3, tensor=1, expert=1 asks for 3 devices .-1 takes what is left.; there are 1'):
     sharding.make_mesh({'fsdp': 3})
+  with pytest.raises(ValueError, match='fsdp=-1, tensor=3, expert=1 asks for a multiple of 3 devices; there are 8'):
+    sharding.sizes({'fsdp': -1, 'tensor': 3}, 8)
+  assert sharding.sizes({'fsdp': -1, 'tensor': 4}, 8) == (1, 2, 4, 1)

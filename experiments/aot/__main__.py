@@ -18,6 +18,8 @@ import sys
 import time
 
 from experiments.aot import targets
+from gemma4_jax import kv_format
+from gemma4_jax.config import PLE_PLACEMENTS, WEIGHTS
 
 RESULTS = Path(__file__).parent / 'results.json'
 RESERVE = 10**9    # bytes of a GPU that CUDA's context and libraries take; a TPU's compiler itself knows what is left
@@ -32,6 +34,7 @@ TABLE = (
     '--variant=26b-a4b --target=h100x8 --mode=train --context=2048 --mesh=fsdp=4,expert=2',
     '--variant=31b --target=h200x1 --mode=decode --context=131072',
     '--variant=31b --target=h100x1 --mode=decode --context=131072 --weights=int8 --kv=turboquant',
+    '--variant=31b --target=h200x1 --mode=decode --context=131072 --weights=turboquant4 --kv=turboquant',
     '--variant=31b --target=rtx4090x1 --mode=decode --context=32768 --weights=turboquant4 --kv=turboquant',
     '--variant=e2b --target=v5e-1 --mode=decode --context=32768 --ple=host',
     '--variant=e4b --target=v5e-1 --mode=decode --context=32768 --ple=host',
@@ -72,20 +75,20 @@ def main(argv: list[str] | None = None) -> None:
 def _parser():
   parser = argparse.ArgumentParser('python -m experiments.aot', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--variant', help='e2b, e4b, 12b, 26b-a4b or 31b')
-  parser.add_argument('--target')
+  parser.add_argument('--target', help='v5e-N, v5p-N, v6e-N, h100xN, h200xN, rtx4090xN or cpux1')
   parser.add_argument('--mode', choices=('train', 'prefill', 'decode'))
   parser.add_argument('--context', type=int, default=2048, help='tokens of a sequence, or that a cache holds (default: %(default)s)')
   parser.add_argument('--batch', type=int, help='sequences over all devices (default: one for each part that the mesh splits a batch in)')
   parser.add_argument('--mesh', default='', help='AXIS=SIZE, with commas between (default: training fsdp, else tensor, over all devices)')
   parser.add_argument('--dtype', default='bfloat16', choices=('bfloat16', 'float32'), help='of parameters, moments (default: %(default)s)')
-  parser.add_argument('--weights', default='as_is', help='of config.WEIGHTS (default: %(default)s)')
-  parser.add_argument('--kv', default='exact', help='what kv_format.make takes (default: %(default)s)')
-  parser.add_argument('--ple', default='device', help='of config.PLE_PLACEMENTS (default: %(default)s)')
+  parser.add_argument('--weights', default='as_is', help=f'as {", ".join(WEIGHTS)}, or by group (default: %(default)s)')
+  parser.add_argument('--kv', default='exact', help=f'{", ".join(kv_format.PRESETS)}, or one with fields behind it (default: %(default)s)')
+  parser.add_argument('--ple', default='device', help=f'where the table is: {", ".join(PLE_PLACEMENTS)} (default: %(default)s)')
   parser.add_argument('--remat', default='full', help='training: none, dots or full (default: %(default)s)')
   parser.add_argument('--loss_chunk', type=int, default=1024, help='training: tokens whose logits exist at once on a device')
-  parser.add_argument('--all', action='store_true')
-  parser.add_argument('--table', action='store_true')
-  parser.add_argument('--again', action='store_true')
+  parser.add_argument('--all', action='store_true', help='every row of TABLE')
+  parser.add_argument('--table', action='store_true', help='print the rows that are there as markdown')
+  parser.add_argument('--again', action='store_true', help='compile rows that are there anew')
   return parser
 
 
@@ -93,9 +96,9 @@ def describe(args: argparse.Namespace) -> str:
   """The row's name: all that decides what is compiled."""
   from gemma4_jax import sharding
   mesh = _mesh(args)
-  batch = args.batch or _batch(mesh)
+  batch = _batch(args, mesh)
   parts = [args.variant, args.target, args.mode, f'context={args.context}', f'batch={batch}',
-           'mesh=' + '*'.join(f'{axis}={mesh[axis]}' for axis in sharding.AXES if mesh.get(axis, 1) > 1)]
+           'mesh=' + '*'.join(f'{axis}={mesh[axis]}' for axis in sharding.AXES if mesh[axis] > 1)]
   others = [f'{name}={getattr(args, name)}' for name in ('dtype', 'weights', 'kv', 'ple', 'remat', 'loss_chunk')
             if getattr(args, name) != _parser().get_default(name)]
   return ' '.join(part for part in parts + others if part != 'mesh=')
@@ -105,11 +108,15 @@ def _mesh(args):
   from gemma4_jax import sharding
   count = targets.find(args.target).count
   mesh = sharding.parse(args.mesh) if args.mesh else {'fsdp' if args.mode == 'train' else 'tensor': count}
-  return mesh
+  return dict(zip(sharding.AXES, sharding.sizes(mesh, count)))
 
 
-def _batch(mesh):
-  return mesh.get('data', 1) * mesh.get('fsdp', 1)
+def _batch(args, mesh):
+  batch = mesh['data'] * mesh['fsdp'] if args.batch is None else args.batch
+  for name, value in (('batch', batch), ('context', args.context)):
+    if value < 1:
+      raise ValueError(f'--{name}={value}: is not positive')
+  return batch
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -118,9 +125,10 @@ def measure(args: argparse.Namespace) -> dict:
   from gemma4_jax import config, provenance, sharding, size
   target = targets.find(args.target)
   cfg = config.variant(args.variant)
-  mesh = sharding.make_mesh(_mesh(args), targets.devices(target))
+  sizes = _mesh(args)
+  mesh = sharding.make_mesh(sizes, targets.devices(target))
   fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(program.Job)}
-  job = program.Job(**fields | {'batch': args.batch or _batch(_mesh(args))})
+  job = program.Job(**fields | {'batch': _batch(args, sizes)})
   began = time.perf_counter()
   traced, lowered = program.lower(cfg, job, mesh)
   row = {'lower_seconds': time.perf_counter() - began, 'program_flops_per_device': flops.count(traced.jaxpr) / target.count,
@@ -145,7 +153,7 @@ def measure(args: argparse.Namespace) -> dict:
   row['fits'] = target.platform == 'tpu' or row['total'] + RESERVE <= target.chip.memory
   text = compiled.as_text()
   row |= {'collectives': hlo.collectives(text), 'kernels': hlo.kernels(text)}
-  if job.mode == 'decode':   # at best: what a step must read, once
+  if job.mode == 'decode':   # at best: what a step must read, once; of experts, those of tokens that choose different ones
     row['bound_tokens_per_s'] = job.batch * target.chip.bandwidth / program.step_bytes(cfg, job, mesh)
   return row
 

@@ -90,13 +90,17 @@ def _sample(cfg, job, mesh):
 
 
 def step_bytes(cfg: ModelConfig, job: Job, mesh: jax.sharding.Mesh) -> int:
-  """What a decoding step reads on one device: all weights but tables that are read by row, and the caches, each once."""
+  """What a decoding step reads on one device, each once: the caches, and all weights but tables that are read by row, and but the
+  experts that `batch` tokens of different choices leave out."""
   read = variables(cfg.replace(dtype='bfloat16', param_dtype=job.dtype), job, mesh)
   read['params'].get('arm', {}).pop('lookup', None)
   cache = jax.eval_shape(partial(quantized_cache.make, cfg.replace(dtype='bfloat16'), job.batch, job.context, job.kv))
   share = lambda x, where: math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
-  weights = sum(jax.tree.leaves(jax.tree.map(lambda x: share(x, x.sharding), read)))
-  return weights + sum(jax.tree.leaves(jax.tree.map(share, cache, sharding.rows(mesh, cache))))
+  chosen = min(1, job.batch * cfg.num_experts_per_token / cfg.num_experts) if cfg.num_experts else 1
+  names = lambda path: tuple(key.key for key in path[1:] if isinstance(key, jax.tree_util.DictKey))
+  weights = sum(share(x, x.sharding) * (chosen if quantized.group(names(path)) == 'experts' else 1)
+                for path, x in jax.tree_util.tree_leaves_with_path(read))
+  return round(weights) + sum(jax.tree.leaves(jax.tree.map(share, cache, sharding.rows(mesh, cache))))
 
 
 def variables(cfg: ModelConfig, job: Job, mesh: jax.sharding.Mesh) -> dict:

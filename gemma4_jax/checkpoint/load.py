@@ -52,9 +52,9 @@ def load(path: str | Path, *, config: ModelConfig | None = None, param_dtype: st
   host = set(host)
   for name in sorted(host - known.keys()):
     raise ValueError(f'host: no weight {name!r}; did you mean {model_config.nearest(name, list(known))!r}?')
-  shardings = {} if mesh is None else _shardings(mesh, boxes, found)
-
   on_host = lambda name: name in host or f'{name.rpartition("/")[0]}/table' in host   # also codes and scale of a table in few bits
+  shardings = {} if mesh is None else _shardings(mesh, boxes, found, on_host)
+
   params = {}
   with source.bar(f'loading {found.folder.name}', found.nbytes, progress) as advance:
     for piece, weights in found.read():
@@ -74,10 +74,10 @@ def _variables(found, arrays):
   return {kind: unflatten(part) for kind, part in flat.items()}
 
 
-def _shardings(mesh, boxes, found):
-  """Path -> NamedSharding of every weight, and of every part of a quantized one."""
+def _shardings(mesh, boxes, found, on_host):
+  """Path -> NamedSharding of every weight that goes to devices, and of every part of a quantized one."""
   if not any(piece.fixed for piece in found.pieces):
-    return flatten(sharding.params(mesh, boxes))
+    return flatten(sharding.params(mesh, unflatten({name: box for name, box in flatten(boxes).items() if not on_host(name)})))
   shapes = {piece.name: jax.ShapeDtypeStruct(piece.shape, piece.dtype) for piece in found.pieces}
   where = sharding.variables(mesh, boxes, _variables(found, shapes))
   return {'/'.join(getattr(key, 'name', None) or key.key for key in path[1:]): one   # a part of a packed weight is an attribute
@@ -97,8 +97,8 @@ def find(path: str | Path, config: ModelConfig | None = None) -> source.Source:
     raise ValueError(f'{path}: cannot be read ({error})') from error
   except ValueError as error:
     raise error if str(path) in str(error) else ValueError(f'{path}: {error}') from error
-  if config is None:   # what the weights were trained with may be another device's
-    found = dataclasses.replace(found, cfg=found.cfg.replace(attention_implementation='auto'))
+  if config is None:   # what the weights were trained or sampled with may be another device's
+    found = dataclasses.replace(found, cfg=found.cfg.replace(attention_implementation='auto', moe_implementation='auto', matvec='xla'))
   if found.skipped:
     logging.info('%s: %d weights of towers that this model does not have were skipped', path, len(found.skipped))
   return found

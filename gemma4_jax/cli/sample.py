@@ -97,7 +97,7 @@ def _sample(args):
         thoughts.write(row.message['reasoning'])
         thoughts.end()
       print(answer(row.message) if args.chat else row.text, flush=True)
-  print(_told(run.stats, model.cfg), file=sys.stderr)
+  print(_told(run.stats, model), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -242,13 +242,15 @@ def _described(name, model):
           f'on the {jax.default_backend()}{split}{slower}{ple}{f", {host[0]:,} bytes in host memory" if host else ""}')
 
 
-def _told(stats, cfg) -> str:
-  from gemma4_jax.model import flash
+def _told(stats, model) -> str:
+  from gemma4_jax.model import flash, quantized
+  cfg = model.cfg
   rate = lambda tokens, seconds: f'{tokens / seconds:.1f}/s' if seconds > 0 else '-'
   return (f'{stats.prompt_tokens} prompt tokens at {rate(stats.prompt_tokens, stats.prefill_seconds)}, {stats.new_tokens} new at '
           f'{rate(stats.new_tokens, stats.decode_seconds)} (compiling: {stats.compile_seconds:.1f} s, not counted), peak memory '
           f'{_peak_memory() / 1e9:.2f} GB ({stats.prefill_peak_bytes / 1e9:.2f} after the prompt), cache {stats.cache_bytes:,} bytes, '
-          f'kv {stats.kv}, attention of prompts {flash.choose(cfg.attention_implementation)}, {cfg.matvec} matvec')
+          f'kv {stats.kv}, attention of prompts {flash.choose(cfg.attention_implementation)}, '
+          f'{quantized.matmul(cfg, model.params)}')
 
 
 def _peak_memory():

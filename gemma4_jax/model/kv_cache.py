@@ -118,8 +118,8 @@ class Unified:
     v_BKSH, k_BKSR = self.v_BKSH.astype(q_BTNH.dtype), self.k_BKSR.astype(q_BTNH.dtype)
     half, turned = q_BTNH.shape[-1] // 2, k_BKSR.shape[-1] // 2
     weight_H = jnp.where(jnp.arange(2 * half) % half < turned, 0, 1.0 if key_scale_H is None else key_scale_H)
-    still_BTNH = (q_BTNH * weight_H).astype(q_BTNH.dtype)
-    return attention.scores(still_BTNH, v_BKSH, scale) + attention.scores(self.rotated(q_BTNH), k_BKSR, scale)
+    still = attention.scores((q_BTNH * weight_H).astype(q_BTNH.dtype), v_BKSH, scale)
+    return still + attention.scores(self.rotated(q_BTNH), k_BKSR, scale) if turned else still
 
   def rotated(self, x_BTNH):
     """The channels that RoPE turns, [..., R]."""

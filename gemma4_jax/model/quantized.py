@@ -13,6 +13,7 @@ import jax
 from rich import progress as rich_progress
 import rich.console
 
+from gemma4_jax import sharding
 from gemma4_jax.config import WEIGHTS, ModelConfig, nearest
 from gemma4_jax.model import transformer
 from gemma4_jax.turboquant import weights
@@ -151,6 +152,21 @@ def slow(cfg: ModelConfig, variables: Mapping) -> str:
   leaves = jax.tree.leaves(variables.get('quant', {}), is_leaf=lambda x: isinstance(x, weights.Weight))
   slower = ('turboquant5', 'turboquant6') if cfg.matvec == 'native' else set(weights.FORMATS) - {'int8'}
   return ', '.join(sorted({leaf.format for leaf in leaves} & set(slower)))
+
+
+def matmul(cfg: ModelConfig, variables: Mapping) -> str:
+  """What multiplies a few rows by the weights, in a few words, with the reason where packed ones have a kernel that does not run."""
+  if cfg.matvec == 'native':
+    return 'native matvec'
+  leaves = jax.tree.leaves(variables.get('quant', {}), is_leaf=lambda x: isinstance(x, weights.Weight))
+  mesh = sharding.of(variables)
+  with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh):
+    found = [leaf.chosen(jax.ShapeDtypeStruct((1, leaf.columns), cfg.dtype)) for leaf in leaves if leaf.format != 'int8']
+  if not found:
+    return 'xla matvec'
+  kernels, reasons = sum(name != 'xla' for name, _ in found), list(dict.fromkeys(why for _, why in found if why))
+  by_kernel = f'Pallas kernel for {kernels} of {len(found)} packed weights'
+  return by_kernel if not reasons else f'{by_kernel if kernels else "xla for packed weights"} ({"; ".join(reasons[:2])})'
 
 
 def nbytes(variables: Mapping) -> dict[str, int]:

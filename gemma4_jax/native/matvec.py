@@ -10,6 +10,7 @@ import hashlib
 import os
 from pathlib import Path
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -83,7 +84,8 @@ def _build() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
       built = Path(folder) / target.name
-      command = [compiler, *_FLAGS, '-I', jax.ffi.include_dir(), str(_SOURCE), '-o', str(built)]
+      command = [*shlex.split(compiler), *_FLAGS,   # CXX may be 'ccache g++'
+                 '-I', jax.ffi.include_dir(), str(_SOURCE), '-o', str(built)]
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode:
         raise RuntimeError(f'{compiler} could not compile {_SOURCE.name}: {done.stderr.strip()[:500]}')

@@ -110,6 +110,7 @@ def score(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], cont
   Raises:
     ValueError: as `generate`.
   """
+  _check_unstacked(cfg)
   if len(prompts) != len(continuations):
     raise ValueError(f'{len(prompts)} prompts for {len(continuations)} continuations')
   rows = [np.concatenate([_row(cfg, p, 'prompt'), _row(cfg, c, 'continuation')]) for p, c in zip(prompts, continuations)]
@@ -121,8 +122,13 @@ def score(cfg: ModelConfig, params: dict, prompts: Sequence[Sequence[int]], cont
   T = _bucket(longest)
   ids, seg = _padded(rows, T)
   with uninterrupted(), sharding.use(sharding.of(params)):
-    logprobs = np.asarray(_logprobs(cfg.replace(scan=False), params, ids, seg))
+    logprobs = np.asarray(_logprobs(cfg, params, ids, seg))
   return [logprobs[i, len(p) - 1:len(row) - 1] for i, (p, row) in enumerate(zip(prompts, rows))]
+
+
+def _check_unstacked(cfg):
+  if cfg.scan:
+    raise ValueError('model.scan: sampling takes layers one by one: cfg.replace(scan=False) and transformer.unstack(cfg, params)')
 
 
 @contextlib.contextmanager
@@ -155,8 +161,7 @@ class Session:
       raise ValueError('no prompts: a batch has at least one')
     if capacity > cfg.context_length:
       raise ValueError(f'prompt and max_new_tokens: {capacity} tokens are more than model.context_length = {cfg.context_length}')
-    if cfg.scan:
-      raise ValueError('model.scan: sampling takes layers one by one: cfg.replace(scan=False) and transformer.unstack(cfg, params)')
+    _check_unstacked(cfg)
     self._cfg, self._params, self._mesh = cfg, params, sharding.of(params)
     self.capacity = capacity
     empty = partial(_empty, cfg, batch, _bucket(capacity), kv)
@@ -345,6 +350,8 @@ def _choices(cfg, batch, sampling, seed, stop_ids):
   if len(rows) != batch or len(seeds) != batch:
     raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {batch}')
   check_seeds([s for s, _ in seeds])
+  if not all(isinstance(i, int | np.integer) and 0 <= i < cfg.vocab_size for i in stop_ids):
+    raise ValueError(f'stop_ids: {list(stop_ids)!r} holds what is no id of the vocabulary, 0 to {cfg.vocab_size - 1}')
   stops = np.full(_bucket(len(stop_ids), 8), -1, np.int32)
   stops[:len(stop_ids)] = list(stop_ids)   # of a set, too
   keys = jax.vmap(lambda s, i: jax.random.fold_in(jax.random.key(s), i))(*jnp.asarray(np.array(seeds, np.uint32).T))

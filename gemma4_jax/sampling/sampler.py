@@ -120,7 +120,8 @@ def keep(logits_BV: jax.Array, settings: Settings) -> jax.Array:
   top_k = jnp.where(settings.top_k > 0, settings.top_k, logits_BV.shape[-1])
   kept_BV = key_BV >= _edge(key_BV, lambda above_BV: above_BV.sum(-1) >= top_k)[:, None]
   p_BV = jax.nn.softmax(jnp.where(kept_BV, logits_BV, -jnp.inf), axis=-1)
-  kept_BV &= key_BV >= _edge(key_BV, lambda above_BV: jnp.where(above_BV, p_BV, 0).sum(-1) >= settings.top_p)[:, None]
+  most_likely_BV = key_BV >= _edge(key_BV, lambda above_BV: jnp.where(above_BV, p_BV, 0).sum(-1) >= settings.top_p)[:, None]
+  kept_BV &= most_likely_BV | (settings.top_p[:, None] >= 1)   # a float32 sum reaches 1 before the last token
   return kept_BV & (p_BV >= settings.min_p[:, None] * p_BV.max(-1, keepdims=True))
 
 

@@ -105,13 +105,14 @@ def _placed(cfg, params, mesh, placement, storage, kv, weights, progress):
     inner = params.get('params', params)
     cfg, inner = placing.place(cfg, inner, placement=placement, storage=storage, progress=progress)
     params = inner if 'params' not in params else {**params, 'params': inner}
-  if 'quant' not in params:   # values of weights that came quantized are rotated beside them
+  if 'quant' not in params and not cfg.rotated_values:   # values of weights that came quantized are rotated beside them
     cfg, params = quantized_cache.fold(cfg, params, kv)
   if quantized.plan(weights):
     params = quantized.quantize(cfg, params, weights, consume=True, progress=progress)
   if mesh is None:
     return generate.fastest(cfg), params
-  tree = transformer.variables(params)   # the native matvec is of one device
+  tree = transformer.variables(params)
+  cfg = cfg.replace(matvec='xla')   # the native one is of one device
   return cfg, jax.device_put(tree, sharding.variables(mesh, boxes, tree))
 
 

@@ -89,9 +89,8 @@ class Weight:
     Raises:
       NotImplementedError: the kernel cannot take the shapes; the message has the reason.
     """
-    device, one = hardware.kernels(), jax.sharding.get_abstract_mesh().size == 1   # kernels are not split over a mesh, XLA's own code is
-    if implementation is None and one and device and not _kernels().unsupported(self, x_RK, device):
-      implementation = device
+    if implementation is None:
+      implementation, _ = self.chosen(x_RK)
     if implementation not in (None, 'xla'):
       return _kernels().dot(self, x_RK, implementation.removeprefix('pallas_'))
     if self.format == 'int8':
@@ -109,6 +108,16 @@ class Weight:
       return tile(x_RK, 0)
     _, y = jax.lax.scan(lambda _, start: (None, tile(x_RK, start)), None, jnp.arange(0, N, rows))
     return jnp.moveaxis(y, 0, 1).reshape(len(x_RK), N)
+
+  def chosen(self, x_RK: jax.Array | jax.ShapeDtypeStruct) -> tuple[str, str]:
+    """(what runs `dot` of these inputs, why it is not a kernel or '')."""
+    device = hardware.kernels()
+    if not device:
+      return 'xla', 'there is none for this device'
+    if jax.sharding.get_abstract_mesh().size > 1:   # 0 without a mesh
+      return 'xla', 'a kernel is not split over a mesh'
+    why_not = _kernels().unsupported(self, x_RK, device)
+    return ('xla' if why_not else device), why_not
 
   def _rotated(self, codes, scale):
     """Numbers float32 [rows, columns] of some rows, as they are stored."""

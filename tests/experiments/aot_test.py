@@ -155,6 +155,24 @@ def test_slices_have_their_vendors_names_and_others_are_refused():
       targets.find(name)
 
 
+def test_an_axis_that_takes_what_is_left_is_named_by_its_size():
+  named = lambda *flags: aot.describe(aot._parser().parse_args(['--variant=31b', '--target=h100x8', '--mode=train', *flags]))
+  assert named('--mesh=fsdp=-1') == named() == named('--mesh=fsdp=8') == '31b h100x8 train context=2048 batch=8 mesh=fsdp=8'
+  assert 'batch=4 mesh=fsdp=4*tensor=2' in named('--mesh=fsdp=-1,tensor=2')
+  for flag, match in (('--batch=0', '--batch=0: is not positive'), ('--context=0', '--context=0'), ('--mesh=fsdp=3', 'asks for 3 devices')):
+    with pytest.raises(ValueError, match=match):
+      named(flag)
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose():
+  cfg = config.shrink(config.VARIANTS['26b-a4b'])
+  mesh = sharding.make_mesh({})
+  read = lambda batch: program.step_bytes(cfg, program.Job('decode', batch, 64), mesh)
+  per_layer = 2 * 3 * cfg.width * cfg.expert_dim * cfg.num_layers    # bfloat16 gate, up and down of one expert
+  cache = read(cfg.num_experts) - read(cfg.num_experts - 1)          # of one more row, all experts read by both
+  assert read(2) - read(1) == cfg.num_experts_per_token * per_layer + cache
+
+
 def test_every_row_of_the_table_has_a_name_of_its_own():
   parser = aot._parser()
   names = [aot.describe(parser.parse_args(flags.split())) for flags in aot.TABLE]

@@ -88,6 +88,12 @@ def test_unified_caches_give_what_separate_ones_give():
   assert (kinds(True), kinds(False)) == ({'Ring', 'Unified'}, {'Ring', 'Dense'})
 
 
+def test_a_unified_cache_of_keys_that_rope_does_not_turn_is_the_values_alone(monkeypatch):
+  monkeypatch.setitem(VARIANTS, 'unturned', VARIANTS['12b'].replace(global_rope_fraction=0.0))
+  one, two = feed('unturned', [8]), feed('unturned', [8], unified=False)
+  np.testing.assert_allclose(one, two, rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize('name', quick.only(['e2b'], list(VARIANTS)))
 def test_the_last_token_alone_gives_its_logits(name):
   cfg, params = VARIANTS[name], weights(name)

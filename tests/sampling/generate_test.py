@@ -201,6 +201,8 @@ def test_scores_are_log_probabilities_of_the_continuation():
     ({'sampling': Sampling(repetition_penalty=1e-38)}, 'repetition_penalty: 1e-38'),
     ({'samples': 0}, 'samples: 0'),
     ({'kv': 'turbo'}, "kv: 'turbo'"),
+    ({'stop_ids': [2**40]}, 'stop_ids: .1099511627776. holds what is no id of the vocabulary, 0 to 127'),
+    ({'stop_ids': [1.5]}, 'stop_ids'),
 ], ids=lambda value: str(value)[:50])
 def test_what_cannot_be_is_refused_by_name(change, named, monkeypatch):
   monkeypatch.setattr(generate, '_prefill', lambda *_, **__: pytest.fail('something ran'))
@@ -211,3 +213,5 @@ def test_what_cannot_be_is_refused_by_name(change, named, monkeypatch):
 def test_scanned_models_say_how_to_sample_them():
   with pytest.raises(ValueError, match='unstack'):
     greedy(CFG.replace(scan=True), params(), PROMPTS)
+  with pytest.raises(ValueError, match='unstack'):
+    generate.score(CFG.replace(scan=True), params(), [[1]], [[2]])

@@ -37,6 +37,12 @@ def test_cuts_keep_what_a_sort_keeps(s):
     assert set(np.flatnonzero(row).tolist()) == by_sorting(logits, s)
 
 
+def test_all_is_all_also_where_a_rounded_sum_reaches_1_before_the_end():
+  logits = np.zeros((1, 50), np.float32)
+  logits[0, 0] = 40.0   # all but e-17 of the probability
+  assert np.asarray(sampler.keep(jnp.asarray(logits), sampler.Settings.make([Sampling(1.0, **ALL)], 50))).all()
+
+
 def test_rows_have_settings_of_their_own():
   rows = [Sampling(1.0, top_k=3, top_p=1.0), Sampling(1.0, **ALL), Sampling(1.0, top_k=0, top_p=0.3)]
   kept = sampler.keep(jnp.asarray(LOGITS), sampler.Settings.make(rows, V))

@@ -286,6 +286,17 @@ def test_a_placed_table_is_that_of_place_and_never_on_the_device_if_it_is_for_th
   assert model.generate('def', **asked).text == dataclasses.replace(MODEL, cfg=placed[0], params=placed[1]).generate('def', **asked).text
 
 
+def test_weights_that_were_folded_for_a_cache_go_out_and_come_in_again(tmp_path):
+  folder = tiny.write(tmp_path / 'a')
+  model = text.load(folder, kv='turboquant,exact_last=False')
+  assert model.cfg.rotated_values
+  save.save_orbax(model.cfg, model.params, tmp_path / 'b')
+  again = text.load(tmp_path / 'b', kv=model.kv, tokenizer=folder / 'tokenizer.json', mesh={})
+  assert again.cfg.rotated_values == model.cfg.rotated_values and again.cfg.matvec == 'xla'   # of a mesh
+  asked = dict(max_new_tokens=8, sampling=GREEDY)
+  assert again.generate('def', **asked).text == model.generate('def', **asked).text
+
+
 def test_do_sample_false_is_greedy(tmp_path):
   folder = tiny.write(tmp_path / 'a', **{'generation_config.json': '{"do_sample": false, "eos_token_id": 1}'})
   model = text.load(folder)

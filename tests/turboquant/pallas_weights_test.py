@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma4_jax import hardware, sharding
 from gemma4_jax.turboquant import pallas_weights, weights
 from tests import quick
 
@@ -32,6 +33,18 @@ def test_rows_outputs_and_groups_may_be_many(rows, outputs, inputs):
   w, x = weights.encode(draw(outputs, inputs), 'turboquant4'), draw(rows, inputs, seed=1)
   found = jax.jit(functools.partial(w.dot, implementation='interpret'))(x)
   np.testing.assert_allclose(found, w.dot(x), atol=1e-5 * inputs)
+
+
+def test_the_kernel_of_the_device_runs_unasked_but_on_a_mesh(monkeypatch):
+  monkeypatch.setattr(hardware, 'kernels', lambda: 'interpret')
+  w, x = weights.encode(draw(96, 512), 'turboquant4'), draw(3, 512, seed=1)
+  traced = lambda: str(jax.make_jaxpr(w.dot)(x))
+  assert 'pallas_call' in traced() and w.chosen(x) == ('interpret', '')
+  with jax.set_mesh(sharding.make_mesh({})):
+    assert 'pallas_call' in traced()
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ('tensor',), axis_types=(jax.sharding.AxisType.Auto,))):
+    assert 'pallas_call' not in traced() and w.chosen(x) == ('xla', 'a kernel is not split over a mesh')
+  assert weights.encode(draw(24, 64), 'nf4').chosen(x[:, :64]) == ('xla', '24 outputs are no multiple of 16')
 
 
 def test_gradients_of_inputs_are_those_of_the_plain_product():
