@@ -72,6 +72,7 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
       accumulate=1)                   # microbatches a step
 
   c.train = dict(
+      init='',                        # a checkpoint to begin with, of any kind that `checkpoint.load` takes; '': random weights
       steps=240 if toy else 20_000,
       log_every=1,
       checkpoint_every=120 if toy else 1000,

@@ -331,11 +331,14 @@ def variant(name: str) -> ModelConfig:
   return VARIANTS[name]
 
 
+# Fields that say how a model is stored and computed, and for how many tokens: the others say what it is.
+WAYS = ('context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'rotated_values', 'dtype', 'param_dtype',
+        'attention_implementation', 'matvec', 'scan', 'remat')
+
+
 def released(cfg: ModelConfig) -> str | None:
-  """Name of the released variant that a model is, whatever its context, vocabulary, dtypes and ways to compute."""
-  free = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in (
-      'vocab_size', 'context_length', 'moe_implementation', 'ple_placement', 'ple_table', 'rotated_values', 'dtype', 'param_dtype',
-      'attention_implementation', 'matvec', 'scan', 'remat')}
+  """Name of the released variant that a model is, whatever its vocabulary and `WAYS`."""
+  free = {f.name: f.default for f in dataclasses.fields(ModelConfig) if f.name in (*WAYS, 'vocab_size')}
   plain = lambda cfg: cfg.replace(**free, ple_dim=cfg.ple_dim if cfg.embedding == 'ple' else ModelConfig.ple_dim)
   return next((name for name, variant in VARIANTS.items() if plain(variant) == plain(cfg)), None)
 

@@ -24,8 +24,8 @@ import rich.console
 import rich.progress as rich_progress
 
 from gemma4_jax import compilation, config as model_config, config_file, hardware, metrics, sharding, size
-from gemma4_jax.checkpoint import orbax
-from gemma4_jax.data import batching, corpus, sources
+from gemma4_jax.checkpoint import load, orbax
+from gemma4_jax.data import batching, corpus, sources, tokenizer
 from gemma4_jax.evaluation import perplexity
 from gemma4_jax.model import flash, transformer
 from gemma4_jax.training import identity, losses, optimizer
@@ -89,10 +89,16 @@ def make_nll(cfg: model_config.ModelConfig, loss_chunk: int):
   return nll
 
 
-def init_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh) -> State:
-  """The state at step 0, as `abstract_state` says."""
+def init_state(cfg: model_config.ModelConfig, tx: optax.GradientTransformation, seed: int, mesh: jax.sharding.Mesh,
+               checkpoint: str = '') -> State:
+  """The state at step 0, as `abstract_state` says; `checkpoint`: a directory that `checkpoint.load` takes, in place of random weights."""
   where = jax.tree.map(lambda x: x.sharding, abstract_state(cfg, tx, mesh))
-  params = jax.device_put(transformer.init(cfg, seed, mesh), where.params)
+  if checkpoint:
+    _, params = load.load(checkpoint, param_dtype=cfg.param_dtype, mesh=mesh, progress=jax.process_index() == 0)
+    params = transformer.stack(cfg, params) if cfg.scan else params
+  else:
+    params = transformer.init(cfg, seed, mesh)
+  params = jax.device_put(params, where.params)
   return State(jax.device_put(jnp.zeros((), jnp.int32), where.step), params, jax.jit(tx.init, out_shardings=where.opt_state)(params))
 
 
@@ -148,6 +154,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
     return done
   data = corpus.prepare(config.data)
   identity.check_data(data, workdir)
+  if config.train.init:
+    _check_tokenizer(config.train.init, data)
   mesh = sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     flash.choose(cfg.attention_implementation)   # or raises, while nothing is written
@@ -193,7 +201,28 @@ def check(config: ml_collections.ConfigDict) -> model_config.ModelConfig:
                      f'{model_config.nearest(config.primary_metric, known)!r}?')
   optimizer.make(config.optimizer, config.train.steps)
   metrics.check(config)
+  if config.train.init:
+    _check_init(config.train.init, cfg)
   return cfg
+
+
+def _check_init(path, cfg):
+  """Raises ValueError unless the checkpoint at `path` has the weights of `cfg`; none is read."""
+  found = load.find(path)
+  if found.formats:
+    raise ValueError(f'train.init: {path} holds quantized weights, which are not trained; take those they were made of')
+  theirs = dataclasses.asdict(found.cfg)
+  names = [name for name, ours in dataclasses.asdict(cfg).items() if name not in model_config.WAYS and theirs[name] != ours]
+  if names:
+    raise ValueError(f'train.init: {path} is another model: ' + ', '.join(
+        f'model.{name} is {theirs[name]!r} there and {getattr(cfg, name)!r} here' for name in names[:4]))
+
+
+def _check_tokenizer(path, data):
+  """Raises ValueError if the checkpoint at `path` comes with another tokenizer than the data."""
+  file = load.find(path).home / 'tokenizer.json'
+  if file.is_file() and tokenizer.Tokenizer.load(file).hash != data.tokenizer_hash:
+    raise ValueError(f'train.init: {path} has another tokenizer than the data; set data.tokenizer={file}')
 
 
 def _refuse_other_config(config, workdir):
@@ -222,11 +251,11 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
   config, cfg, train, lead = r.config, r.cfg, r.config.train, jax.process_index() == 0
   tx = optimizer.make(config.optimizer, train.steps)
   rate = optimizer.schedule(config.optimizer, config.optimizer.learning_rate, train.steps)
-  state = init_state(cfg, tx, config.seed, r.mesh)
+  start = checkpoints.latest or 0
+  state = init_state(cfg, tx, config.seed, r.mesh, '' if start else train.init)
   batches = batching.train_iterator(
       r.data.train, sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count())
-  start = checkpoints.latest or 0
   if start:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     state, place = checkpoints.restore(start, abstract)

@@ -81,6 +81,28 @@ def test_a_run_leaves_rows_a_summary_and_learns(corpus, tmp_path):
   assert {path: path.read_bytes() for path in (tmp_path / 'run').rglob('*') if path.is_file()} == whole
 
 
+@pytest.mark.parametrize('scan', [False, True])
+def test_a_run_may_begin_with_the_weights_of_a_checkpoint(corpus, tmp_path, scan):
+  fields = {**SMALLER, 'train.steps': 3, 'optimizer.warmup_steps': 0, 'eval.max_batches': 1, 'train.checkpoint_every': 3}
+  first = trainer.run(tiny(corpus, **fields), tmp_path / 'first')
+  still = {'optimizer.learning_rate': 1e-30, 'optimizer.embedding_learning_rate': 1e-30}    # so that what is evaluated is what was read
+  tuned = {**fields, **still, 'train.steps': 1, 'model.scan': scan, 'seed': 5}
+  again = trainer.run(tiny(corpus, **tuned, **{'train.init': str(tmp_path / 'first')}), tmp_path / 'again')
+  assert again['metrics']['eval/nats_per_token'] == pytest.approx(first['metrics']['eval/nats_per_token'], rel=1e-6)
+  assert rows(tmp_path / 'again')[0]['loss'] < rows(tmp_path / 'first')[0]['loss'] - 0.1
+
+  (tmp_path / 'again' / 'DONE').unlink()
+  text = (tmp_path / 'first' / 'tokenizer.json').read_text()
+  (tmp_path / 'first' / 'tokenizer.json').write_text(text.replace('"version":"1.0"', '"version": "1.0"').replace('"version": "1.0"', '"version":  "1.0"'))
+  with pytest.raises(ValueError, match='train.init: .* has another tokenizer than the data; set data.tokenizer=.*tokenizer.json'):
+    trainer.run(tiny(corpus, **tuned, **{'train.init': str(tmp_path / 'first')}), tmp_path / 'other')
+  with pytest.raises(ValueError, match='train.init: .* is another model: model.window is 8 there and 4 here'):
+    trainer.run(tiny(corpus, **tuned, **{'model.window': 4, 'train.init': str(tmp_path / 'first')}), tmp_path / 'other')
+  with pytest.raises(ValueError, match='nowhere: no such directory'):
+    trainer.run(tiny(corpus, **{'train.init': str(tmp_path / 'nowhere')}), tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
 def test_a_run_that_goes_on_keeps_what_was_true_of_it_before_and_refuses_other_text(corpus, tmp_path):
   c, run = tiny(corpus, **SMALLER, **{'train.steps': 4, 'train.checkpoint_every': 2, 'eval.max_batches': 1}), tmp_path / 'run'
   trainer.run(c, run)
