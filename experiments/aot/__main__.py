@@ -30,6 +30,7 @@ TABLE = (
     '--variant=31b --target=h100x4 --mode=train --context=2048 --mesh=fsdp=4',
     '--variant=31b --target=v5p-8 --mode=train --context=2048 --mesh=fsdp=4',
     '--variant=31b --target=v6e-16 --mode=train --context=2048 --mesh=fsdp=16',
+    '--variant=31b --target=v6e-8 --mode=train --context=2048 --mesh=fsdp=8',
     '--variant=31b --target=h100x8 --mode=train --context=2048 --mesh=fsdp=4,tensor=2',
     '--variant=26b-a4b --target=h100x8 --mode=train --context=2048 --mesh=fsdp=4,expert=2',
     '--variant=31b --target=h200x1 --mode=decode --context=131072',

@@ -138,9 +138,10 @@ def run(kind: str, doc: str, examine: Callable[..., dict[str, Any]], tables: Cal
   parser.add_argument('--seeds', type=int, default=2)
   parser.add_argument('--steps', type=int, default=steps, help='of training (default: %(default)s)')
   parser.add_argument('--documents', type=int, default=8, help='of each kind (default: %(default)s)')
-  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path(__file__).parent,
-                      help='folder of the results; those it has of other models, of the same commit and documents, stay')
+  parser.add_argument('--out', type=pathlib.Path,
+                      help='folder of the results (default: --workdir); those of other models, of the same commit and documents, stay')
   args = parser.parse_args(argv)
+  args.out = args.out or args.workdir
   names = args.models.split(',')
   toys = [name for name in base.models() if name.endswith('-toy')]
   if unknown := [name for name in names if name not in toys]:

@@ -276,6 +276,14 @@ def check_expressible(cfg: ModelConfig) -> None:
     refuse('global_num_kv_heads', f'is not model.num_kv_heads = {cfg.num_kv_heads}: in Hugging Face models that takes model.k_eq_v')
 
 
+def caveat(cfg: ModelConfig) -> str:
+  """What `transformers` (5.23) cannot do with a model that it does read; '' of most."""
+  if cfg.num_kv_shared_layers and cfg.embedding == 'none':   # it slices the per-layer vectors that there are not
+    return ('transformers runs a model that shares K/V and has no PLE only when it is asked for logits by position '
+            '(logits_to_keep=torch.arange(T)); its generate() fails')
+  return ''
+
+
 def _cfg_kinds(cfg):
   return ''.join('G' if spec.window is None else 'L' for spec in cfg.layers)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import shutil
 import tempfile
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -36,6 +37,8 @@ def save_hf(cfg: ModelConfig, params: Mapping, dst: str | Path, *, dtype: str | 
   """
   with beside(dst) as folder:
     write_hf(folder, cfg, flat_params(cfg, params), dtype=dtype, tokenizer=source, max_shard_bytes=max_shard_bytes)
+  if told := hf.caveat(cfg):
+    logging.warning('%s: %s', dst, told)
 
 
 def save_orbax(cfg: ModelConfig, params: Mapping, dst: str | Path, *, dtype: str | None = None, source: str | Path | None = None) -> None:

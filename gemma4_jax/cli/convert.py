@@ -8,17 +8,12 @@ written. From Hugging Face's files, weights are memory-mapped; of Orbax trees, t
 weights are read, quantized and written one by one: memory holds the largest of them, and what one layer is stored as.
 """
 
-import argparse
-import sys
-
-from gemma4_jax.cli.sample import guard
+from gemma4_jax.cli.sample import guard, make_parser
 from gemma4_jax.config import PLE_TABLES, WEIGHTS
 
 
 def main(argv: list[str] | None = None) -> None:
-  parser = argparse.ArgumentParser(prog='python -m gemma4_jax.cli.convert', description=__doc__,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.error = sys.exit   # one line, without the usage
+  parser = make_parser('convert', __doc__)
   parser.add_argument('--src', required=True, help='a directory; of a run, the newest checkpoint is taken')
   parser.add_argument('--dst', required=True, help='a directory that does not exist; written beside and renamed when whole')
   parser.add_argument('--to', required=True, choices=('hf', 'orbax'), help='hf: what transformers reads; orbax: ours')
@@ -54,7 +49,7 @@ def _convert(args):
   contents = _contents(args.quantize, found.cfg, args.dtype) if args.quantize else None
   print(f'from  {found.folder}: {found.kind}, {config.released(found.cfg) or "no released variant"}, {found.cfg.num_layers} layers of '
         f'width {found.cfg.width}, {len(found.pieces)} tensors, '
-        f'{count / 1e9:.2f} B parameters, {found.nbytes:,} bytes, mostly {found.dtype}')
+        f'{count:,} parameters, {found.nbytes:,} bytes, mostly {found.dtype}')
   if found.skipped:
     print(f'      {len(found.skipped)} weights of towers are left out')
   if contents:
@@ -62,6 +57,8 @@ def _convert(args):
     _report(contents, found.nbytes / count)
   else:
     print(f'to    {args.dst}: {args.to}, {nbytes:,} bytes, {dtype if args.dtype else "dtypes as they are"}')
+    if args.to == 'hf' and hf.caveat(found.cfg):
+      print(f'      {hf.caveat(found.cfg)}')
   save.check_free(args.dst)
   if args.dry_run:
     print('dry run: nothing was written')

@@ -54,7 +54,8 @@ def encode(tokenizer: tokenizer_lib.Tokenizer, messages: Sequence[Mapping], tool
   """
   known = tokenizer_lib.GEMMA4_TOKENS
   if foreign := [known[i] for i in (2, *STOP_IDS, 105) if tokenizer.special_ids.get(known[i]) != i]:
-    raise ValueError(f'the tokenizer has no {", ".join(foreign)} at its id in Gemma 4; take the one of the checkpoint')
+    raise ValueError(f'the tokenizer has no {", ".join(foreign)} at its id in Gemma 4; released tokenizers can '
+                     'write a chat, none that a run has trained')
   ours = {token: i for token, i in tokenizer.special_ids.items() if not token.startswith('<unused')}
   marked, restore = _marked(messages, tools, ours, thinking, empty_thought_channel, add_generation_prompt, template)
   pieces = re.split(f'({"|".join(map(re.escape, sorted(ours, key=len, reverse=True)))})', marked)

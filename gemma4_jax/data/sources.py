@@ -155,7 +155,8 @@ def _field(row, text_field, origin) -> Document:
   text = row.get(text_field) if isinstance(row, dict) else None
   if not isinstance(text, str):
     names = ', '.join(row) if isinstance(row, dict) else type(row).__name__
-    raise ValueError(f'data.text_field={text_field!r} is no text in {origin}, which has: {names}')
+    hint = '; conversations are scored (cli.evaluate --reply_only), not trained on' if isinstance(row, dict) and 'messages' in row else ''
+    raise ValueError(f'data.text_field={text_field!r} is no text in {origin}, which has: {names}{hint}')
   return Document(text, 'text', origin)
 
 

@@ -274,7 +274,11 @@ def describe(cfg: ModelConfig, kv: kv_format.KV, capacity: int = 4096) -> str:
     kernel += '' if encoder == kernel else f', codes made by {encoder}'
     what = f'{kind}: {layer}{beside}, {layer.slot_bytes(width):,} bytes a token, {kernel}'
     found[what] = found.get(what, 0) + 1
-  return f'kv {kv}: ' + '; '.join(f'{count} {what}' for what, count in found.items())
+  said = f'kv {kv}: ' + '; '.join(f'{count} {what}' for what, count in found.items())
+  asked = any(getattr(kv, f'{kind}_k') != kv_format.EXACT for kind in ('local', 'separate', 'unified'))
+  if asked and all(layer.exact for layer in layers.values()):
+    said += '; nothing is quantized' + (': the last global layer that makes K/V is kept exact (exact_last)' if kv.exact_last else '')
+  return said
 
 
 def _empty(kv, layer, rotated, batch, capacity, dtype):

@@ -46,6 +46,8 @@ class Block(nn.Module):
         h_BTD = post(name='post_dense_norm')(dense_BTD) + post(name='post_moe_norm')(h_BTD)
     x_BTD = x_BTD + post(name='post_mlp_norm')(h_BTD)
 
+    if spec.inject not in (None, GATE, UNGATED, VALUE, UP):
+      raise NotImplementedError(f'a per-layer vector that enters a block by {spec.inject!r}: Block does not know how')
     if spec.inject in (GATE, UNGATED):
       D, P = x_BTD.shape[-1], spec.inject_dim
       u_BTP = vector

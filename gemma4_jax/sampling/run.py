@@ -105,6 +105,8 @@ class Run:
     stats.prefill_peak_bytes = hardware.peak_memory_bytes()
     clock = _Clock()
     for part in session.generate(**settings):
+      if any(np.isnan(logprobs).any() for _, logprobs in part):
+        raise ValueError('log-probabilities are no numbers: weights that are none? `cli.convert --check` names them')
       new = [row.push(tokens, logprobs) for row, (tokens, logprobs) in zip(self.rows, part, strict=True)]
       stats.new_tokens = sum(len(row.tokens) for row in self.rows)
       stats.decode_seconds, compiled = clock.read()

@@ -198,7 +198,8 @@ class Model:
   def score(self, prompt: str, continuations: Sequence[str]) -> list[np.ndarray]:
     """log p of every token of each continuation after the prompt, float32 [n] each; sum for the text's.
 
-    Prompt and continuation are encoded apart: tokens do not reach across. An empty prompt is BOS alone.
+    Prompt and continuation are encoded apart: tokens do not reach across. An empty prompt is BOS alone. All run at once, without a
+    cache: `kv` has no part in it.
     """
     if isinstance(continuations, str):
       raise ValueError('continuations: give a list of texts')

@@ -113,6 +113,21 @@ def test_an_existing_destination_is_refused_and_untouched(tmp_path, write):
   assert not any((tmp_path / 'out').iterdir()) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_transformers_reads_and_cannot_generate_with_is_told(tmp_path, caplog):
+  cfg = config.shrink(config.E2B, embedding='none')
+  with caplog.at_level('WARNING', 'absl'):
+    save.save_hf(cfg, transformer.init(cfg, 0), tmp_path / 'told')
+    assert 'told: transformers runs a model that shares K/V and has no PLE only when' in caplog.text
+    caplog.clear()
+    save.save_hf(CFG, params_of(CFG), tmp_path / 'not')
+  assert not caplog.text
+  torch, transformers = pytest.importorskip('torch'), pytest.importorskip('transformers')
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'told')
+  with pytest.raises(TypeError):   # or it is mended there, and the warning can go
+    model(torch.ones((1, 4), dtype=torch.int64))
+  assert model(torch.ones((1, 4), dtype=torch.int64), logits_to_keep=torch.arange(4)).logits.shape == (1, 4, cfg.vocab_size)
+
+
 def test_a_model_that_hugging_face_has_not_is_refused_by_field(tmp_path):
   cfg = config.shrink(config.E2B, embedding='stem')
   with pytest.raises(ValueError, match='model.embedding'):

@@ -336,6 +336,10 @@ def test_a_kernel_that_cannot_run_is_an_error(kernel, error):
 
 
 def test_one_line_says_what_each_layer_keeps_and_what_runs():
+  toy = config.shrink(config.E2B)     # its one global layer that makes K/V is the last
+  assert quantized_cache.describe(toy, 'turboquant').endswith(
+      '; nothing is quantized: the last global layer that makes K/V is kept exact (exact_last)')
+  assert not any('nothing is' in quantized_cache.describe(toy, kv) for kv in ('exact', 'separate', 'turboquant,exact_last=False'))
   assert quantized_cache.describe(config.B31.replace(dtype='bfloat16'), 'turboquant,kernel=xla') == (
       'kv turboquant,kernel=xla: 50 local, window 1024: K V exact, 16,384 bytes a token, xla; 9 global: V4 + rotated K8, newest 128 '
       'and first 4 exact, 1,584 bytes a token, xla; 1 global: V + rotated K exact, 5,120 bytes a token, xla')

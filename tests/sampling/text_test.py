@@ -50,6 +50,12 @@ def test_text_is_that_of_the_tokens_of_generate_with_their_logprobs():
     assert found.text == MODEL.tokenizer.decode(row.tokens) and found.stopped == row.stopped
 
 
+def test_weights_that_are_no_numbers_are_told_and_not_sampled_from():
+  broken = {**MODEL.params, 'final_norm': {'scale': MODEL.params['final_norm']['scale'] * np.nan}}
+  with pytest.raises(ValueError, match='log-probabilities are no numbers'):
+    dataclasses.replace(MODEL, params=broken).generate('def', max_new_tokens=2)
+
+
 def test_pieces_of_a_stream_are_the_text():
   for seed in range(6):   # hot enough for bytes of many a broken character
     found = list(MODEL.stream(PROMPTS[0], max_new_tokens=12, sampling=HOT, seed=seed))

@@ -92,8 +92,9 @@ def test_a_run_may_begin_with_the_weights_of_a_checkpoint(corpus, tmp_path, scan
   assert rows(tmp_path / 'again')[0]['loss'] < rows(tmp_path / 'first')[0]['loss'] - 0.1
 
   (tmp_path / 'again' / 'DONE').unlink()
-  text = (tmp_path / 'first' / 'tokenizer.json').read_text()
-  (tmp_path / 'first' / 'tokenizer.json').write_text(text.replace('"version":"1.0"', '"version": "1.0"').replace('"version": "1.0"', '"version":  "1.0"'))
+  other = json.loads((tmp_path / 'first' / 'tokenizer.json').read_text())
+  other['model']['merges'].pop()
+  (tmp_path / 'first' / 'tokenizer.json').write_text(json.dumps(other))
   with pytest.raises(ValueError, match='train.init: .* has another tokenizer than the data; set data.tokenizer=.*tokenizer.json'):
     trainer.run(tiny(corpus, **tuned, **{'train.init': str(tmp_path / 'first')}), tmp_path / 'other')
   with pytest.raises(ValueError, match='train.init: .* is another model: model.window is 8 there and 4 here'):
