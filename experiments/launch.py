@@ -268,7 +268,8 @@ def _show_plan(points: Sequence[manifest.Point], workdir: pathlib.Path, console:
   for group, arm in dict.fromkeys((p.group, p.arm) for p in points):
     mine = [p for p in points if (p.group, p.arm) == (group, arm)]
     sets = ', '.join(f'{field}={value}' for field, value in mine[0].overrides.items() if field not in manifest.LABELS)
-    cells = mine[0].label, ' '.join(str(p.seed) for p in mine), str(sum(p.folder in done for p in mine)), f'{mine[0].folder.rpartition("-s")[0]}-s*', sets
+    folders = mine[0].folder.rpartition('-s')[0] + '-s*'
+    cells = mine[0].label, ' '.join(str(p.seed) for p in mine), str(sum(p.folder in done for p in mine)), folders, sets
     table.add_row(*map(rich.text.Text, cells))
   console.print(table)
   for point in {(p.group, p.arm): p for p in points if p.match}.values():
