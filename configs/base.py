@@ -49,7 +49,7 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
 
   c.data = dict(
       source='stdlib',                # stdlib, text, jsonl, parquet or hf
-      path='',                        # glob of local files, or the name of a Hugging Face dataset
+      path='',                        # glob of local files, or a Hugging Face dataset: NAME, or NAME:CONFIGURATION
       text_field='text',
       tokenizer='train',              # train a BPE on the train split, or the path of a tokenizer.json
       vocab_size=model.vocab_size,

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--checkpoint', required=True, help="a directory: Hugging Face's, Google's Orbax tree, our export or a run's folder")
   parser.add_argument('--task', required=True, help=f'{", ".join(TASKS)}, or lm_eval:NAME,.. of lm-evaluation-harness')
   parser.add_argument('--data', help="a glob of text, .jsonl or .parquet files; 'stdlib': Python's modules; 'validation': what a run kept "
-                      'back')
+                      "back; 'validation:RUN': of another run's folder")
   parser.add_argument('--text_field', default='text', help='of .jsonl and .parquet rows (default: %(default)s)')
   parser.add_argument('--max_documents', type=int, default=0,
                       help='the first so many (validation: of each kind of text; conversations: lines; lm_eval: of each task); 0 for all')

@@ -19,7 +19,8 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
   """{'metrics': {what: {name: value}}, 'protocol': {name: value}, 'documents': [{name: value}]}.
 
   Args:
-    data: as `documents.from_files` takes it, or 'validation' of a run's folder; with `reply_only` as `from_conversations`.
+    data: as `documents.from_files` takes it, or 'validation' of a run's folder, or 'validation:RUN' of another folder, whose run had the
+      same tokenizer (a quantized copy has no corpus of its own); with `reply_only` as `from_conversations`.
     reference: a checkpoint to measure the divergence from, with the same tokenizer.
     window, stride, batch_tokens: see `windows.batches`; window 0 is 1024 or the context length if that is less, stride 0 half a
       window. Replies run whole, up to the context length.
@@ -28,7 +29,8 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
     ValueError: in one line; also for raw text under a checkpoint that was taught to chat, without `raw_text_anyway`, and for
       log-probabilities that are not finite.
   """
-  if reply_only and (window or stride or data == 'validation'):
+  is_validation, run_folder = data == 'validation' or data.startswith('validation:'), data.partition(':')[2]
+  if reply_only and (window or stride or is_validation):
     raise ValueError('--reply_only: takes conversations as --data, and runs each whole: without --window and --stride')
   sign = checkpoint.why_instruct(directory)
   if sign and not (reply_only or raw_text_anyway or reference):
@@ -37,10 +39,10 @@ def run(directory: str, data: str, *, reply_only: bool = False, raw_text_anyway:
         'conversations as --data), compare it with another checkpoint (--reference=DIR), or insist (--raw_text_anyway)')
   model = text.load(directory, param_dtype=param_dtype, tokenizer=tokenizer, progress=progress)
   cfg = model.cfg
-  if data == 'validation':
-    kept = checkpoint.run_corpus(directory, model.tokenizer, progress)
+  if is_validation:
+    kept = checkpoint.run_corpus(run_folder or directory, model.tokenizer, progress)
     if kept is None:
-      raise ValueError(f'--data=validation: {directory} is no folder of a run; name files instead')
+      raise ValueError(f'--data={data}: {run_folder or directory} is no folder of a run; name one, --data=validation:RUN, or files')
     found = documents_lib.from_corpus(kept.validation, most=max_documents)
   elif reply_only:
     found = documents_lib.from_conversations(model, data, most=max_documents)

@@ -112,6 +112,18 @@ def test_hugging_face_datasets_are_streamed(monkeypatch):
   assert calls == [('some/name', {'split': 'train', 'streaming': True})]
 
 
+def test_a_hugging_face_dataset_may_need_a_configuration_and_may_break_off(monkeypatch):
+  def load_dataset(path, configuration, split, streaming):
+    assert (path, configuration) == ('wikitext', 'raw')
+    yield {'text': 'one'}
+    raise RuntimeError('no network')
+  monkeypatch.setitem(sys.modules, 'datasets', types.SimpleNamespace(load_dataset=load_dataset))
+  found = sources.documents(config('hf', 'wikitext:raw'))
+  assert next(found).text == 'one'
+  with pytest.raises(ValueError, match="data.path='wikitext:raw': cannot read the train split of this dataset, row 1: no network"):
+    next(found)
+
+
 @pytest.mark.parametrize('source, module', [('hf', 'datasets'), ('parquet', 'pyarrow')])
 def test_a_missing_extra_is_named(source, module, monkeypatch, tmp_path):
   (tmp_path / 'a').write_text('')

@@ -17,6 +17,8 @@ import pytest
 
 from configs import base
 from gemma4_jax import metrics
+from gemma4_jax.checkpoint import load, save
+from gemma4_jax.evaluation import perplexity_task
 from gemma4_jax.sampling import text
 from gemma4_jax.training import optimizer, trainer
 from tests import quick
@@ -136,6 +138,17 @@ def test_a_runs_folder_is_sampled_from_without_naming_its_tokenizer(corpus, tmp_
   model = text.load(tmp_path / 'run')
   assert model.tokenizer.hash == environment['tokenizer_hash'] and model.stop_ids == (model.tokenizer.eos_id,)
   assert len(model.generate('per layer', max_new_tokens=4, seed=1).tokens) <= 4
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_runs_weights_is_scored_on_what_the_run_kept_back(corpus, tmp_path):
+  trainer.run(tiny(corpus, **SMALLER, **{'train.steps': 3}), tmp_path / 'run')
+  cfg, params = load.load(tmp_path / 'run')
+  save.save_orbax(cfg, params, tmp_path / 'copy', source=tmp_path / 'run')
+  score = lambda folder, data: perplexity_task.run(str(tmp_path / folder), data)['metrics']
+  assert score('copy', f'validation:{tmp_path / "run"}') == score('run', 'validation')
+  with pytest.raises(ValueError, match='copy is no folder of a run; name one, --data=validation:RUN, or files'):
+    score('copy', 'validation')
 
 
 @pytest.mark.slow
