@@ -31,7 +31,7 @@ import rich.table
 import rich.text
 
 from experiments import manifest, progress
-from gemma4_jax import config_file, hardware, metrics
+from gemma4_jax import config as model_config, config_file, hardware, metrics, size
 
 _BUSY = 75                # exit status of a child whose point another process is running (EX_TEMPFAIL)
 _GRACE = 20.0             # seconds between SIGTERM and SIGKILL
@@ -260,16 +260,19 @@ def _prepare_data(points: Sequence[manifest.Point], console: rich.console.Consol
 
 
 def _show_plan(points: Sequence[manifest.Point], workdir: pathlib.Path, console: rich.console.Console) -> None:
+  from experiments import report  # late: scipy
   done = {p.folder for p in points if manifest.done(p, workdir) is not None}
   console.print(f'{workdir}: {len(points)} points, {len(done)} done', markup=False, highlight=False, soft_wrap=True)
   table = rich.table.Table(box=None)
-  for column in ('arm', 'seeds', 'done', 'folders', 'sets'):
-    table.add_column(column, overflow='fold')
+  for column in ('arm', 'seeds', 'done', 'params', 'FLOPs', 'folder-s*', 'sets'):
+    table.add_column(column, overflow='fold', no_wrap=column not in ('arm', 'sets'))
   for group, arm in dict.fromkeys((p.group, p.arm) for p in points):
     mine = [p for p in points if (p.group, p.arm) == (group, arm)]
     sets = ', '.join(f'{field}={value}' for field, value in mine[0].overrides.items() if field not in manifest.LABELS)
-    folders = mine[0].folder.rpartition('-s')[0] + '-s*'
-    cells = mine[0].label, ' '.join(str(p.seed) for p in mine), str(sum(p.folder in done for p in mine)), folders, sets
+    costs = size.costs(model_config.from_dict(mine[0].config['model']), mine[0].config['data']['sequence_length'])
+    cells = (mine[0].label, ' '.join(str(p.seed) for p in mine), str(sum(p.folder in done for p in mine)),
+             report.quantity(costs['params/total']), report.quantity(costs['flops_per_token']),
+             mine[0].folder.rpartition('-s')[0], sets)
     table.add_row(*map(rich.text.Text, cells))
   console.print(table)
   for point in {(p.group, p.arm): p for p in points if p.match}.values():

@@ -15,8 +15,8 @@ import pytest
 import rich.console
 
 from configs import base
-from experiments import launch, manifest, progress
-from gemma4_jax import hardware, metrics
+from experiments import launch, manifest, progress, report
+from gemma4_jax import config as model_config, hardware, metrics, size
 
 ROOT = pathlib.Path(launch.__file__).parents[1]
 SWEEP = [{'seed': seed, 'arm': arm, 'model.embedding': arm} for seed in range(2) for arm in ('none', 'ple')]
@@ -295,6 +295,8 @@ def test_the_plan_shows_arms_and_matches_and_overrides_reach_every_point(tmp_pat
   points = manifest.read(tmp_path)
   assert f'{len(points)} points, 0 done' in found.stdout and 'none =params is matched to ple' in found.stdout
   assert {(p.config['model']['window'], p.config['train']['steps']) for p in points} == {(64, 50)}
+  ple = size.costs(model_config.from_dict(points[1].config['model']), 128)
+  assert points[1].arm == 'ple' and all(report.quantity(ple[name]) in found.stdout for name in ('params/total', 'flops_per_token'))
 
 
 def test_the_parent_does_not_import_jax():
