@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
   parser.add_argument('--stride', type=int, default=0, help='tokens that a window after the first predicts; 0 for half a window')
   parser.add_argument('--batch_tokens', type=int, default=8192, help='about so many tokens run as a batch (default: %(default)s)')
   parser.add_argument('--reply_only', action='store_true', help="--data is .jsonl of conversations, {'messages': [{'role': .., 'content': "
-                      ".., }, ..]} a line; score replies in the chat frame")
+                      "..}, ..]} a line; score replies in the chat frame")
   parser.add_argument('--raw_text_anyway', action='store_true', help='score raw text under a checkpoint that was taught to chat')
   parser.add_argument('--reference', help='another checkpoint, with the same tokens: how far this one is from it')
   parser.add_argument('--tasks_path', type=Path, help="a folder of lm_eval's task files, in the place of its own")

@@ -196,16 +196,15 @@ def _hugging_face(name, text_field) -> Iterator[Document]:
     import datasets
   except ImportError as e:
     raise ImportError("data.source='hf' needs datasets: pip install 'gemma4_jax[data]'") from e
-  dataset, _, configuration = name.partition(':')
-  number = -1
-  try:
-    rows = iter(datasets.load_dataset(dataset, *filter(None, [configuration]), split='train', streaming=True))
-    while (row := next(rows, None)) is not None:
-      number += 1
-      yield _field(row, text_field, f'{name}, row {number}')
-  except Exception as e:  # the library raises many kinds: network, unknown name, missing split
-    raise e if isinstance(e, ValueError) and 'data.text_field' in str(e) else ValueError(
-        f'data.path={name!r}: cannot read the train split of this dataset, row {number + 1}: {e}') from e
+  def rows():
+    dataset, _, configuration = name.partition(':')
+    try:
+      yield from datasets.load_dataset(dataset, *filter(None, [configuration]), split='train', streaming=True)
+    except Exception as e:  # the library raises many kinds: network, unknown name, missing split
+      raise ValueError(f'data.path={name!r}: cannot read the train split of this dataset: {e}') from e
+
+  for number, row in enumerate(rows()):
+    yield _field(row, text_field, f'{name}, row {number}')
 
 
 _FILE_READERS = {'text': _text, 'jsonl': _jsonl, 'parquet': _parquet}

@@ -350,7 +350,7 @@ def _choices(cfg, batch, sampling, seed, stop_ids):
   if len(rows) != batch or len(seeds) != batch:
     raise ValueError(f'sampling: {len(rows)}, seeds: {len(seeds)} for a batch of {batch}')
   check_seeds([s for s, _ in seeds])
-  if not all(isinstance(i, int | np.integer) and 0 <= i < cfg.vocab_size for i in stop_ids):
+  if stop_ids is not STOP_IDS and not all(isinstance(i, int | np.integer) and 0 <= i < cfg.vocab_size for i in stop_ids):
     raise ValueError(f'stop_ids: {list(stop_ids)!r} holds what is no id of the vocabulary, 0 to {cfg.vocab_size - 1}')
   stops = np.full(_bucket(len(stop_ids), 8), -1, np.int32)
   stops[:len(stop_ids)] = list(stop_ids)   # of a set, too

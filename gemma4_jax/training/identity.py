@@ -14,6 +14,7 @@ from gemma4_jax.model import transformer
 
 FILE = 'env.json'
 _FIX = 'move its folder away to start the run afresh'
+_VARIES = ('started', 'attention', 'peak_flops')   # from process to process; the peak of a CPU is timed
 _POSITIONS = 64   # logits of a whole sequence can be larger than all else in memory
 
 
@@ -42,8 +43,8 @@ def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh, workdir: Path) ->
       'corpus_hash': data.corpus_hash, 'tokenizer_hash': data.tokenizer_hash}
   earlier = metrics.read_json(workdir / FILE, _FIX) or {}
   before = earlier.pop('before', [])
-  same = lambda env: {**env, 'started': None, 'attention': None} == {**json.loads(json.dumps(now)), 'started': None, 'attention': None}
-  return now | {'before': before + ([] if not earlier or same(earlier) else [earlier])}
+  told = lambda env: {name: value for name, value in json.loads(json.dumps(env)).items() if name not in _VARIES}
+  return now | {'before': before + ([earlier] if earlier and told(earlier) != told(now) else [])}
 
 
 def check_data(data: corpus.Dataset, workdir: Path) -> None:
