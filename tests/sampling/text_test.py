@@ -292,6 +292,7 @@ def test_a_placed_table_is_that_of_place_and_never_on_the_device_if_it_is_for_th
   assert model.generate('def', **asked).text == dataclasses.replace(MODEL, cfg=placed[0], params=placed[1]).generate('def', **asked).text
 
 
+@pytest.mark.slow
 def test_weights_that_were_folded_for_a_cache_go_out_and_come_in_again(tmp_path):
   folder = tiny.write(tmp_path / 'a')
   model = text.load(folder, kv='turboquant,exact_last=False')
