@@ -33,6 +33,8 @@ def get_config(arg: str = 'e2b-toy') -> ml_collections.ConfigDict:
   if arg not in models():
     raise ValueError(f'configs/base.py: no model {arg!r}; there are {", ".join(models())}')
   model = models()[arg]
+  if arg in model_config.VARIANTS:   # or compiling takes long, and what the backward pass keeps more than a device has
+    model = model.replace(scan=True, remat='full')
   toy = arg.endswith('-toy')
   c = ml_collections.ConfigDict()
   c.seed = 0

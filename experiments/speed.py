@@ -114,6 +114,7 @@ def _hf(name: str, steps: int, scan: bool) -> dict:
   hardware.keep_memory()
   cfg = base.models()[name]
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.set_float32_matmul_precision('high')   # TensorFloat-32 on a GPU, as JAX multiplies float32 there
   fields = {**hf.config_to_hf(cfg), 'attn_implementation': 'sdpa'}
   model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields)).to(device).train()
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)

@@ -103,6 +103,7 @@ def hf(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str)
   from gemma4_jax.checkpoint import hf as names
   cfg = base.models()[name]
   device = 'cuda' if torch.cuda.is_available() else 'cpu'
+  torch.set_float32_matmul_precision('high')   # TensorFloat-32 on a GPU, as JAX multiplies float32 there
   torch.set_default_dtype(getattr(torch, dtype))
   fields = {**names.config_to_hf(cfg), 'attn_implementation': 'sdpa'}
   model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**fields)).to(device).eval()
@@ -119,7 +120,8 @@ def hf(name: str, what: str, dtype: str, batch: int, repeats: int, weights: str)
   run(2)
   prefill = median([run(1) for _ in range(repeats)])
   result = {'library': f'torch {torch.__version__}, transformers {transformers.__version__}', 'device': device,
-            'path': model.config._attn_implementation, 'peak_memory_bytes': hardware.peak_process_bytes()}
+            'path': model.config._attn_implementation, 'peak_memory_bytes':
+            torch.cuda.max_memory_allocated() if device == 'cuda' else hardware.peak_process_bytes()}
   if what == 'prefill':
     return result | {'tokens_per_s': batch * PROMPT / prefill}
   seconds = (median([run(NEW) for _ in range(repeats)]) - prefill) / (NEW - 1)

@@ -81,7 +81,8 @@ def kernels() -> str:
   """Whose Pallas kernels run on the device that is traced for: 'tpu', 'gpu', or '' for none: on a CPU, and on GPUs older than compute
   capability 8.0 (a T4), which Triton does not know."""
   import jax
-  device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]   # one that is only described counts as new
+  here, device = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+  device = here if device is None or device.device_kind == here.device_kind else device   # one that is only described counts as new
   old = str(getattr(device, 'compute_capability', '')).startswith(('5.', '6.', '7.'))
   return platform() if platform() in ('tpu', 'gpu') and not old else ''
 
@@ -94,13 +95,15 @@ def peak_flops() -> tuple[float, str]:
   for name in sorted(_PEAK_BF16, key=len, reverse=True):
     if kind.startswith(name):
       return _PEAK_BF16[name] * jax.device_count(), f'data sheet of {name}, bfloat16'
-  return measure_matmul() * jax.process_count(), 'float32 matmul of 2048^3, measured'
+  return measure_matmul() * jax.process_count(), 'float32 matmul, measured'
 
 
-def measure_matmul(size: int = 2048, repeats: int = 3, dtype='float32') -> float:
-  """FLOP/s of the best of `repeats` square matmuls on one device."""
+def measure_matmul(size: int | None = None, repeats: int = 3, dtype='float32') -> float:
+  """FLOP/s of the best of `repeats` square matmuls on one device; size None: 2048, or 8192 on an accelerator, for which 2048 is no
+  work."""
   import jax
   import jax.numpy as jnp
+  size = size or (2048 if platform() == 'cpu' else 8192)
   a = jnp.ones((size, size), dtype)
   dot = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))   # as accelerators sum, and as a CPU is fastest
   dot(a, a).block_until_ready()
@@ -112,14 +115,17 @@ def measure_matmul(size: int = 2048, repeats: int = 3, dtype='float32') -> float
   return 2 * size**3 / best
 
 
-def measure_bandwidth(size: int = 2**28, repeats: int = 8) -> float:
-  """Bytes/s at which one device reads: the median of `repeats` matrix-vector products of `size` bytes, ours or XLA's if faster."""
+def measure_bandwidth(size: int | None = None, repeats: int = 8) -> float:
+  """Bytes/s at which one device reads: the median of `repeats` matrix-vector products of `size` bytes, ours or XLA's if faster, or on
+  an accelerator of sums; size None: 2**28, or 2**32 on an accelerator."""
   import jax
   import jax.numpy as jnp
+  size = size or (2**28 if platform() == 'cpu' else 2**32)
 
   from gemma4_jax.native import matvec
   w, x = jnp.ones((size // 4096, 1024)), jnp.ones((1, 1024))
-  ways = [jax.jit(lambda x, w: x @ w.T)] + ([] if matvec.why_not() else [jax.jit(matvec.dot)])
+  ways = [jax.jit(lambda x, w: x @ w.T), jax.jit(lambda x, w: w.sum()) if platform() != 'cpu' else jax.jit(matvec.dot)]
+  ways = ways[:1] if platform() == 'cpu' and matvec.why_not() else ways
   best = float('inf')
   for way in ways:
     way(x, w).block_until_ready()

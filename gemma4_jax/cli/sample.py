@@ -204,7 +204,8 @@ def guard(function: Callable[[], None]) -> None:
   except RuntimeError as error:   # XLA's
     if 'RESOURCE_EXHAUSTED' not in str(error) and 'Out of memory' not in str(error):
       raise
-    sys.exit(f'error: out of memory; --dtype=bfloat16, fewer samples or tokens take less ({config_file.one_line(error)[:200]})')
+    sys.exit('error: out of memory; --dtype=bfloat16, fewer samples or tokens, weights of cli.convert --quantize take less '
+             f'({config_file.one_line(error)[:200]})')
 
 
 class Thoughts:

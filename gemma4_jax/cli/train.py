@@ -44,6 +44,11 @@ def main(argv):
     _fail(error)
   except (OSError, trainer.NonFiniteLoss) as error:
     _fail(error, 1)
+  except RuntimeError as error:   # XLA's
+    if 'RESOURCE_EXHAUSTED' not in str(error) and 'Out of memory' not in str(error):
+      raise
+    _fail('out of memory; --config.model.remat=full, --config.model.scan, more --config.optimizer.accumulate, less '
+          f'--config.data.batch_size or a --config.mesh take less of a device ({config_file.one_line(error)[:200]})', 1)
   except KeyboardInterrupt:
     print(f'stopped; the same command goes on from the last checkpoint in {workdir}', file=sys.stderr)
     sys.exit(130)

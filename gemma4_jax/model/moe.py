@@ -50,8 +50,9 @@ class MoE(nn.Module):
 
 
 def implementation(cfg: ModelConfig, tokens: int, packed: bool = False) -> str:
-  """What runs: as `cfg.moe_implementation` says; 'auto' is ragged on accelerators, whose grouped matmul it is, and on a
-  CPU, where XLA lowers ragged_dot to a dense product, a scan over the experts, or for few tokens a gather of weights.
+  """What runs: as `cfg.moe_implementation` says; 'auto' is ragged on a TPU, whose grouped matmul it is. On CPUs and GPUs XLA lowers
+  ragged_dot to a product of all rows with all experts (jax 0.10.2 to 0.12): there 'auto' is a scan over the experts, or for few tokens a
+  gather of weights.
 
   Args:
     packed: the experts are quantized. A grouped matmul would need all of them decoded, so that 'auto' is as on a CPU everywhere.
@@ -63,7 +64,7 @@ def implementation(cfg: ModelConfig, tokens: int, packed: bool = False) -> str:
                      "'gather'")
   if cfg.moe_implementation != 'auto':
     return cfg.moe_implementation
-  if hardware.platform() != 'cpu' and not packed:
+  if hardware.platform() == 'tpu' and not packed:
     return 'ragged'
   return 'gather' if tokens * cfg.num_experts_per_token < cfg.num_experts else 'scan'
 

@@ -158,9 +158,11 @@ def matmul(cfg: ModelConfig, variables: Mapping) -> str:
   """What multiplies a few rows by the weights, in a few words, with the reason where packed ones have a kernel that does not run."""
   if cfg.matvec == 'native':
     return 'native matvec'
-  leaves = jax.tree.leaves(variables.get('quant', {}), is_leaf=lambda x: isinstance(x, weights.Weight))
+  leaves = [(tuple(key.key for key in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(
+      variables.get('quant', {}), is_leaf=lambda x: isinstance(x, weights.Weight))]
   mesh = sharding.of(variables)
   with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh):
+    leaves = [jax.eval_shape(lambda w: w.part(0), leaf) if group(path) == 'experts' else leaf for path, leaf in leaves]   # run one by one
     found = [leaf.chosen(jax.ShapeDtypeStruct((1, leaf.columns), cfg.dtype)) for leaf in leaves if leaf.format != 'int8']
   if not found:
     return 'xla matvec'

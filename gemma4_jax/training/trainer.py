@@ -137,7 +137,8 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> dict:
   done it only reads DONE.
 
   Leaves in `workdir`: config.json, tokenizer.json, env.json, metrics.jsonl (one row a step), checkpoints/, and at the end DONE:
-  a JSON object of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit, but
+  a JSON object of final metrics and costs. An interrupted run continued gives the same parameters and rows, bit for bit (on a GPU
+  XLA has to be told to be deterministic: XLA_FLAGS=--xla_gpu_deterministic_ops=true), but
   for the clock's and the memory's (tokens_per_s, mfu, peak_memory_bytes).
 
   Raises:
@@ -252,13 +253,13 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
   tx = optimizer.make(config.optimizer, train.steps)
   rate = optimizer.schedule(config.optimizer, config.optimizer.learning_rate, train.steps)
   start = checkpoints.latest or 0
-  state = init_state(cfg, tx, config.seed, r.mesh, '' if start else train.init)
   batches = batching.train_iterator(
       r.data.train, sequence_length=config.data.sequence_length, batch_size=config.data.batch_size, seed=config.seed,
       process_index=jax.process_index(), process_count=jax.process_count())
-  if start:
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    state, place = checkpoints.restore(start, abstract)
+  if not start:
+    state = init_state(cfg, tx, config.seed, r.mesh, train.init)
+  else:   # nothing is drawn first: two states may not fit
+    state, place = checkpoints.restore(start, abstract_state(cfg, tx, r.mesh))
     if not isinstance(place.get('iterator'), str):
       raise ValueError(f'{r.workdir}: the checkpoint of step {start} does not say where in the data it was; '
                        f'remove {r.workdir / orbax.RUN / str(start)} to go back to the one before it')

@@ -20,6 +20,7 @@ _ROWS = {'tpu': 256, 'gpu': 64, 'interpret': 64}          # of x that a program 
 _LEAST = {'tpu': 8, 'gpu': 16, 'interpret': 8}            # and at least: matrix products are filled up to it
 _OUTPUTS = {'tpu': 256, 'gpu': 64, 'interpret': 64}       # rows of the weight that a program takes
 _PIECE = 128
+_VMEM = 12 * 2**20   # of a v5e's 16 MiB; what is decoded needs some, too
 
 
 def unsupported(w: weights.Weight, x_RK: jax.Array, backend: str) -> str:
@@ -47,14 +48,16 @@ def dot(w: weights.Weight, x_RK: jax.Array, backend: str) -> jax.Array:
   """
   if reason := unsupported(w, x_RK, backend):
     raise NotImplementedError(f'a matmul of packed weights on Pallas: {reason}')
-  return _dot(backend, w, x_RK)
+  return _jitted(backend, w, x_RK)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _dot(backend, w, x_RK):
   R, N = len(x_RK), w.codes.shape[0]
-  rows = min(_ROWS[backend], max(_LEAST[backend], 1 << (R - 1).bit_length()))
   outputs = math.gcd(N, _OUTPUTS[backend])
+  rows = min(_ROWS[backend], max(_LEAST[backend], 1 << (R - 1).bit_length()))
+  while backend == 'tpu' and rows > _LEAST[backend] and _vmem(w, x_RK, rows, outputs) > _VMEM:
+    rows //= 2
   x_RK = jnp.pad(w.rotate(x_RK), ((0, -R % rows), (0, 0)))
   scale_GN = w.scale.astype(jnp.float32) if backend == 'tpu' else w.scale    # rows of 16 bits cannot be indexed there
   table, group = weights.levels(w.format), w.group
@@ -79,6 +82,13 @@ def _backward(_, saved, dy_RN):
 
 
 _dot.defvjp(_forward, _backward)
+_jitted = jax.jit(_dot, static_argnums=0)    # so that weights of one shape are traced and lowered once
+
+
+def _vmem(w, x_RK, rows, outputs):
+  """Bytes that a program has at once on a TPU, twice each for the copies on their way."""
+  scales = w.scale.shape[0] * outputs * 4
+  return 2 * (rows * w.columns * x_RK.dtype.itemsize + outputs * w.codes.shape[1] + scales + rows * outputs * 4)
 
 
 def _options(backend):

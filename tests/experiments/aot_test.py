@@ -11,6 +11,7 @@ from experiments.aot import __main__ as aot, flops, hlo, program, targets
 from gemma4_jax import config, sharding
 from gemma4_jax.turboquant import ops, packing, pallas, pallas_encode, reference, weights
 from gemma4_jax.turboquant.quantizer import Quantizer
+from tests import quick
 
 CFG = config.shrink(config.E2B, pattern='G', num_layers=1, num_kv_shared_layers=0, double_wide_mlp=False, num_heads=8, mlp_dim=128,
                     global_head_dim=64)
@@ -107,6 +108,19 @@ def test_the_matmul_of_packed_weights_compiles_for_devices_that_are_not_here(tar
     compiled = jax.jit(lambda w, x_RK: w.dot(x_RK)).lower(w, shape((rows, 4096), dtype)).compile()
   assert hlo.kernels(compiled.as_text()) == ['packed_matmul']      # by its own choice, of the mesh in use
   assert compiled.memory_analysis().temp_size_in_bytes < 2**20     # the weight's numbers, 12 or 25 MB, never are there
+
+
+@pytest.mark.parametrize(('format', 'dtype', 'inputs'), quick.only(
+    [('turboquant5', 'bfloat16', 21504)],
+    [('turboquant5', 'bfloat16', 21504), ('turboquant4', 'float32', 15360), ('turboquant4', 'float32', 21504)]))
+def test_many_rows_of_the_widest_models_fit_the_memory_of_a_v5es_programs(format, dtype, inputs):
+  mesh = sharding.make_mesh({}, devices('v5e-1'))
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
+  w = jax.eval_shape(functools.partial(weights.encode, format=format), jax.ShapeDtypeStruct((1024, inputs), jnp.bfloat16))
+  w = jax.tree.map(lambda x: shape(x.shape, x.dtype), w)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    compiled = jax.jit(lambda w, x_RK: w.dot(x_RK)).lower(w, shape((8192, inputs), dtype)).compile()
+  assert hlo.kernels(compiled.as_text()) == ['packed_matmul']
 
 
 TEXT = '''HloModule m

@@ -90,7 +90,9 @@ def test_experts_that_nobody_chose_get_no_gradient():
   assert used == [e in (2, 5) for e in range(E)]
 
 
-def test_on_a_cpu_auto_gathers_weights_for_few_tokens_and_scans_for_many():
-  assert moe.implementation(CFG, 1) == 'gather'
-  assert moe.implementation(CFG, E) == 'scan'
+def test_auto_gathers_weights_for_few_tokens_and_scans_for_many_but_on_a_tpu(monkeypatch):
+  for platform in ('cpu', 'gpu', 'tpu'):   # a grouped matmul on the last alone
+    monkeypatch.setattr(moe.hardware, 'platform', lambda platform=platform: platform)
+    assert [moe.implementation(CFG, tokens) for tokens in (1, E)] == (['ragged'] * 2 if platform == 'tpu' else ['gather', 'scan'])
+    assert [moe.implementation(CFG, tokens, packed=True) for tokens in (1, E)] == ['gather', 'scan']
   assert moe.implementation(CFG.replace(moe_implementation='ragged'), E) == 'ragged'

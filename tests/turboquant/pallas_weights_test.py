@@ -47,6 +47,12 @@ def test_the_kernel_of_the_device_runs_unasked_but_on_a_mesh(monkeypatch):
   assert weights.encode(draw(24, 64), 'nf4').chosen(x[:, :64]) == ('xla', '24 outputs are no multiple of 16')
 
 
+def test_weights_of_one_shape_are_traced_once():
+  ws = [weights.encode(draw(16, 128, seed=seed), 'turboquant4') for seed in range(3)]
+  text = jax.jit(lambda x: [w.dot(x, 'interpret') for w in ws]).lower(draw(2, 128)).as_text()
+  assert text.count('func.func private @_dot(') == 1 and text.count('call @_dot(') == 3
+
+
 def test_gradients_of_inputs_are_those_of_the_plain_product():
   w, x = weights.encode(draw(16, 128), 'turboquant4'), draw(2, 128, seed=1)
   gradient = lambda how: jax.grad(lambda x: jnp.square(w.dot(x, how)).sum())(x)
