@@ -123,6 +123,7 @@ def run_point(point: manifest.Point, workdir: pathlib.Path, run: Callable | None
       if run is None:
         from gemma4_jax.training import trainer  # imports jax, which reads the environment
         hardware.keep_memory()
+        hardware.take_gpu_memory()
         run = runner(point).run
         logging.set_verbosity(logging.INFO)
         trainer.quiet_orbax()

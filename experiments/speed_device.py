@@ -94,7 +94,7 @@ def main(argv=None) -> None:
 def run(wanted: list[Row], out: Path, deadline: float, repeats: int) -> None:
   """Measures those that `out` has not, until the deadline."""
   out.mkdir(parents=True, exist_ok=True)
-  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')   # of a GPU, where JAX takes 75 % by itself
+  hardware.take_gpu_memory()
   file = out / 'results.json'
   for _, together in itertools.groupby(wanted, lambda row: row.process):
     together = list(together)

@@ -51,6 +51,11 @@ def cpu_environment() -> dict[str, str]:
   return {'GLIBC_TUNABLES': ':'.join(f'glibc.malloc.{name}={value}' for name, value in settings.items())}
 
 
+def take_gpu_memory() -> None:
+  """Lets JAX take most of a GPU's memory, where it takes 75 % by itself; the user's own setting stays. To be called before JAX is used."""
+  os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '.92')
+
+
 def keep_memory() -> None:
   """Lets this process keep the memory that it frees, on a CPU under Linux's glibc; to be called before JAX is first used.
 

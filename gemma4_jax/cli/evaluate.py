@@ -77,7 +77,8 @@ def _evaluate(args: argparse.Namespace, given: list[str]) -> None:
     raise ValueError(f'--out={args.out}: no such directory')
   if args.out and args.out.exists() and not args.out.is_file():
     raise ValueError(f'--out={args.out}: is a directory or a device; name a file')
-  from gemma4_jax import compilation, metrics  # JAX loads with them: it need not for --help
+  from gemma4_jax import compilation, hardware, metrics  # JAX loads with them: it need not for --help
+  hardware.take_gpu_memory()
   compilation.keep()
   how = dict(batch_tokens=args.batch_tokens, param_dtype=args.dtype, tokenizer=args.tokenizer, progress=sys.stderr.isatty())
   if task == 'lm_eval':

@@ -154,7 +154,7 @@ def load_model(args: argparse.Namespace):
     raise ValueError('--variant and --random_weights: need each other; weights come from a checkpoint otherwise')
   if args.variant and args.tokenizer or args.checkpoint and args.shrink:
     raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
-  from gemma4_jax import compilation, config, sharding
+  from gemma4_jax import compilation, config, hardware, sharding
   from gemma4_jax.model import quantized_cache
   from gemma4_jax.sampling import pieces, text
   from gemma4_jax.sampling.sampler import Sampling
@@ -163,6 +163,7 @@ def load_model(args: argparse.Namespace):
     raise ValueError(f'--max_new_tokens={args.max_new_tokens}, --seed={args.seed}: at least 1, and from 0 to 2**32 - 1')
   pieces.StopStrings(args.stop)
   quantized_cache.check(kv_format.make(args.kv))
+  hardware.take_gpu_memory()
   compilation.keep()
   how = dict(param_dtype=args.dtype, ple_placement=args.ple_placement, ple_table=args.ple_table, weights=args.weights, kv=args.kv,
              mesh=None if args.mesh is None else sharding.parse(args.mesh), progress=True)

@@ -31,6 +31,7 @@ def main(argv):
   from gemma4_jax import hardware, match
   from gemma4_jax.training import trainer
   hardware.keep_memory()
+  hardware.take_gpu_memory()
   logging.set_verbosity(logging.INFO)
   trainer.quiet_orbax()
   try:

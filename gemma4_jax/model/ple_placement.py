@@ -45,8 +45,15 @@ def place(cfg: ModelConfig, params: dict, *, placement: str = 'device', storage:
       are what PLE of soft tokens (of images and sound) is made of.
     progress: a bar, on a terminal.
   Raises:
-    ValueError: no such placement or storage, a model without such a table, parameters placed already or not of this model.
+    ValueError: no such placement or storage, no CPU backend for a table on the host, a model without such a table, parameters placed
+      already or not of this model.
   """
+  if placement in ('host', 'folded_host'):
+    try:
+      jax.devices('cpu')
+    except RuntimeError:
+      raise ValueError(f"model.ple_placement: {placement!r} needs JAX's CPU backend, too, which JAX_PLATFORMS leaves out: add ,cpu to it"
+                       ) from None
   if cfg.ple_table in ('int8', 'int4') and cfg.ple_placement == 'device':
     return _move(cfg, params, placement, storage)
   config.check_trainable(cfg)

@@ -174,6 +174,15 @@ def test_the_weights_on_the_device_are_as_many_bytes_as_size_says(placement, sto
   assert counted['read'] == others + (0 if host else row(weights['arm']['lookup']))
 
 
+def test_a_table_on_the_host_needs_the_cpu_backend(monkeypatch):
+  weights = params('float32')
+  def devices(platform):
+    raise RuntimeError(f'Unknown backend: {platform!r}')
+  monkeypatch.setattr(jax, 'devices', devices)
+  with pytest.raises(ValueError, match="model.ple_placement: 'host' needs JAX's CPU backend, too"):
+    ple_placement.place(CFG, weights, placement='host')
+
+
 def test_e2b_with_its_table_on_the_host_leaves_at_most_4700_mb_on_the_accelerator():
   declared = transformer.abstract(config.E2B.replace(param_dtype='bfloat16', dtype='bfloat16'))
   del declared['arm']['lookup']
