@@ -31,20 +31,24 @@ def fingerprint(cfg: model_config.ModelConfig, params: dict, batch: dict, mesh: 
   return hashlib.sha256(np.asarray(logits).tobytes()).hexdigest()[:16]
 
 
-def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh, workdir: Path) -> dict:
-  """What env.json holds: code, versions, hardware, data; and in 'before' the same of the processes that had the run before this one,
-  where that differed."""
-  now = {
+def environment(data: corpus.Dataset, mesh: jax.sharding.Mesh) -> dict:
+  """Code, versions, hardware and data of this process."""
+  return {
       **provenance.code(),
       'device': jax.devices()[0].device_kind, 'devices': jax.device_count(), 'processes': jax.process_count(),
       'cpus': hardware.cores(), 'environment': hardware.environment(),
       'mesh': {axis: int(n) for axis, n in mesh.shape.items()}, 'peak_flops': hardware.peak_flops(),
       'started': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
       'corpus_hash': data.corpus_hash, 'tokenizer_hash': data.tokenizer_hash}
+
+
+def write(environment: dict, workdir: Path) -> None:
+  """Writes env.json: `environment`, and in 'before' those of the processes that had the run before this one, where they differed."""
   earlier = metrics.read_json(workdir / FILE, _FIX) or {}
   before = earlier.pop('before', [])
   told = lambda env: {name: value for name, value in json.loads(json.dumps(env)).items() if name not in _VARIES}
-  return now | {'before': before + ([earlier] if earlier and told(earlier) != told(now) else [])}
+  before += [earlier] if earlier and told(earlier) != told(environment) else []
+  metrics.write_json(workdir / FILE, environment | {'before': before})
 
 
 def check_data(data: corpus.Dataset, workdir: Path) -> None:

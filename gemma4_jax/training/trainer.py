@@ -269,7 +269,7 @@ def _take_steps(r: _Run, checkpoints: orbax.Checkpoints) -> float | None:
     attention = flash.choose(cfg.attention_implementation)
     logging.info('%s: attention by %s', r.workdir, attention)
     writer = metrics.Writer(r.workdir, start, config)
-    metrics.write_json(r.workdir / identity.FILE, identity.environment(r.data, r.mesh, r.workdir) | {'attention': attention})
+    identity.write(identity.environment(r.data, r.mesh) | {'attention': attention}, r.workdir)
 
   step_fn = jax.jit(make_step(cfg, tx, accumulate=config.optimizer.accumulate, loss_chunk=train.loss_chunk), donate_argnums=0,
                     out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(r.mesh)))
