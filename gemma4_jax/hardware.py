@@ -129,8 +129,11 @@ def measure_bandwidth(size: int | None = None, repeats: int = 8) -> float:
 
   from gemma4_jax.native import matvec
   w, x = jnp.ones((size // 4096, 1024)), jnp.ones((1, 1024))
-  ways = [jax.jit(lambda x, w: x @ w.T), jax.jit(lambda x, w: w.sum()) if platform() != 'cpu' else jax.jit(matvec.dot)]
-  ways = ways[:1] if platform() == 'cpu' and matvec.why_not() else ways
+  ways = [jax.jit(lambda x, w: x @ w.T)]
+  if platform() != 'cpu':
+    ways.append(jax.jit(lambda x, w: w.sum()))
+  elif not matvec.why_not():
+    ways.append(jax.jit(matvec.dot))
   best = float('inf')
   for way in ways:
     way(x, w).block_until_ready()
@@ -141,6 +144,11 @@ def measure_bandwidth(size: int | None = None, repeats: int = 8) -> float:
       times.append(time.perf_counter() - start)
     best = min(best, statistics.median(times))
   return size / best
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+  """Whether XLA's error, which has no public type, says so."""
+  return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
 
 
 def peak_memory_bytes() -> int:

@@ -72,6 +72,7 @@ def test_the_record_holds_what_was_set(linux):
 
 def test_a_matmul_has_a_rate_and_a_process_a_peak():
   assert hardware.measure_matmul(size=64, repeats=1) > 0
+  assert hardware.measure_bandwidth(size=2**16, repeats=1) > 0
   assert hardware.peak_process_bytes() > 1 << 20
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 
-from gemma4_jax import config_file, kv_format
+from gemma4_jax import config_file, hardware, kv_format
 from gemma4_jax.config import PLE_PLACEMENTS, PLE_TABLES, VARIANTS, WEIGHTS, nearest
 
 
@@ -154,7 +154,7 @@ def load_model(args: argparse.Namespace):
     raise ValueError('--variant and --random_weights: need each other; weights come from a checkpoint otherwise')
   if args.variant and args.tokenizer or args.checkpoint and args.shrink:
     raise ValueError('--tokenizer: is for a checkpoint' if args.tokenizer else '--shrink: is for --random_weights')
-  from gemma4_jax import compilation, config, hardware, sharding
+  from gemma4_jax import compilation, config, sharding
   from gemma4_jax.model import quantized_cache
   from gemma4_jax.sampling import pieces, text
   from gemma4_jax.sampling.sampler import Sampling
@@ -203,7 +203,7 @@ def guard(function: Callable[[], None]) -> None:
     print('\nstopped', file=sys.stderr)
     sys.exit(130)
   except RuntimeError as error:   # XLA's
-    if 'RESOURCE_EXHAUSTED' not in str(error) and 'Out of memory' not in str(error):
+    if not hardware.is_out_of_memory(error):
       raise
     sys.exit('error: out of memory; --dtype=bfloat16, fewer samples or tokens, weights of cli.convert --quantize take less '
              f'({config_file.one_line(error)[:200]})')
@@ -256,7 +256,6 @@ def _told(stats, model) -> str:
 
 
 def _peak_memory():
-  from gemma4_jax import hardware
   return hardware.peak_memory_bytes()
 
 

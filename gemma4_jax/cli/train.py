@@ -46,7 +46,7 @@ def main(argv):
   except (OSError, trainer.NonFiniteLoss) as error:
     _fail(error, 1)
   except RuntimeError as error:   # XLA's
-    if 'RESOURCE_EXHAUSTED' not in str(error) and 'Out of memory' not in str(error):
+    if not hardware.is_out_of_memory(error):
       raise
     _fail('out of memory; --config.model.remat=full, --config.model.scan, more --config.optimizer.accumulate, less '
           f'--config.data.batch_size or a --config.mesh take less of a device ({config_file.one_line(error)[:200]})', 1)
